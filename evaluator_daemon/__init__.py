@@ -1,0 +1,1 @@
+"""Watches a study folder, renders and scores every checkpoint as it lands."""

@@ -1,0 +1,1 @@
+"""Runs Optuna trials that train LoRAs; draws, watches, prunes and ranks them."""

@@ -1,0 +1,1 @@
+"""What both daemons agree on: files, processes, locks, logs. Knows neither daemon, imports nothing heavy."""

@@ -1,0 +1,212 @@
+"""What the optimizer daemon writes: the run, each trial's parameters and state, the results."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from shared.schemas.base import (
+    Count,
+    Epoch,
+    Name,
+    OptunaNumber,
+    Record,
+    Scalar,
+    Sha256,
+    Time,
+    TrialNumber,
+    VersionedFile,
+)
+from shared.schemas.plan import EvaluationPlan
+
+RunStatus = Literal["running", "stopped", "finished"]
+TrialStateName = Literal["drawn", "training", "trained", "complete", "pruned", "failed", "interrupted"]
+TERMINAL_STATES: frozenset[TrialStateName] = frozenset({"complete", "pruned", "failed"})
+"""States a trial never leaves."""
+
+
+class Trainer(Record):
+    """The command that trains."""
+
+    name: Name = Field(description="Registered name: kohya, native, command or a workload's own.")
+    version: str | None = Field(default=None, description="Its version or commit; null when it has none.")
+    python: str | None = Field(
+        default=None, description="Interpreter it runs under; null when it is no Python program."
+    )
+
+
+class Run(VersionedFile):
+    """The one truth about a study: what it is and under which settings it runs."""
+
+    folder_id: Name = Field(description="Random identity of this folder, also kept in the Optuna study as its owner.")
+    study_name: Name = Field(description="Name of the Optuna study.")
+    storage: Name = Field(description="Optuna storage URL of the live database.")
+    workload: Name = Field(description="Kind of study: its defaults, constraints and objective.")
+    score_source: Literal["evaluator", "trainer"] = Field(description="Who measures the objective.")
+    status: RunStatus = Field(description="running while the daemon lives, stopped after an orderly stop, finished.")
+    created: Time = Field(description="When the study folder was made.")
+    updated: Time = Field(description="When this file was written.")
+    base_model: str | None = Field(default=None, description="Path of the base model; its identity is in the plan.")
+    plan: EvaluationPlan | None = Field(
+        description="The evaluation plan, frozen at the first start; null when the trainer scores."
+    )
+    plan_hash: Sha256 | None = Field(description="Identity of the plan, recorded with every evaluation.")
+    trainer: Trainer = Field(description="The trainer.")
+    settings: dict[str, Scalar | tuple[Scalar, ...] | None] = Field(
+        description="Effective settings of the optimizer daemon by flag name, without the dashes."
+    )
+    threads_per_process: int = Field(ge=1, description="CPU threads each trainer and each evaluator gets.")
+    versions: dict[str, str] = Field(description="Versions of this program, Python and the libraries in use.")
+
+    @model_validator(mode="after")
+    def _hash_belongs_to_plan(self) -> Self:
+        if self.plan_hash != (self.plan and self.plan.digest()):
+            raise ValueError("plan_hash is not the hash of plan")
+        if self.score_source == "evaluator" and self.plan is None:
+            raise ValueError("score_source is evaluator but there is no plan")
+        return self
+
+
+class TrialParams(VersionedFile):
+    """The frozen values one trial runs with."""
+
+    trial: TrialNumber = Field(description="Number of the trial, as in its folder's name.")
+    optuna_number: OptunaNumber = Field(description="Number of the trial in the Optuna database.")
+    parameters: dict[str, Scalar] = Field(
+        description="Every hyperparameter, the derived ones such as network_alpha too."
+    )
+    derived: tuple[Name, ...] = Field(default=(), description="Which parameters were computed rather than drawn.")
+    origin: Literal["sampler", "enqueued", "finalist"] = Field(description="Where the values come from.")
+    finalist_of: TrialNumber | None = Field(default=None, description="The trial this one repeats with a fresh seed.")
+    stage: str | None = Field(default=None, description="Stage of a staged search the trial was drawn in.")
+    training_seed: int = Field(ge=0, description="Seed of the training.")
+
+    @property
+    def max_train_epochs(self) -> int | None:
+        """Epochs the trial trains; None for a workload that does not count in epochs."""
+        epochs = self.parameters.get("max_train_epochs")
+        return epochs if isinstance(epochs, int) else None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _check_numbers(self.trial, self.optuna_number)
+        _check_derived(self.derived, self.parameters)
+        if (self.origin == "finalist") != (self.finalist_of is not None):
+            raise ValueError("origin finalist and finalist_of belong together")
+        return self
+
+
+class CurvePoint(Record):
+    """One scored checkpoint of a trial."""
+
+    epoch: Epoch = Field(description="Epoch of the checkpoint.")
+    value: float = Field(description="Objective measured there.")
+    checkpoint: Name = Field(description="Checkpoint's file name without .safetensors.")
+
+
+class TrialState(VersionedFile):
+    """How far a trial got."""
+
+    trial: TrialNumber = Field(description="Number of the trial, as in its folder's name.")
+    optuna_number: OptunaNumber = Field(description="Number of the trial in the Optuna database.")
+    state: TrialStateName = Field(
+        description="drawn, training, trained (score pending); complete, pruned, failed are final; interrupted goes on."
+    )
+    reason: str | None = Field(default=None, description="Why, for pruned, failed and interrupted.")
+    attempt: int = Field(ge=1, description="Which attempt this is; a redo from zero counts one up.")
+    resumes: Count = Field(default=0, description="How often this attempt went on from its training state.")
+    drawn: Time = Field(description="When the parameters were drawn.")
+    started: Time | None = Field(default=None, description="When this attempt's training started.")
+    ended: Time | None = Field(default=None, description="When the trial reached its final state.")
+    value: float | None = Field(default=None, description="Objective told to the study; null until complete.")
+    imputed_value: float | None = Field(
+        default=None, description="What a pruned trial would probably have reached; never a measurement."
+    )
+    objectives: dict[str, float] = Field(
+        default_factory=dict, description="Each objective by name, when the study has several."
+    )
+    feasible: bool | None = Field(
+        default=None, description="Whether the scored checkpoint passed its gate; null until scored."
+    )
+    curve: tuple[CurvePoint, ...] = Field(
+        default=(), description="Objective of the checkpoints scored so far, by epoch."
+    )
+    finalist_of: TrialNumber | None = Field(default=None, description="The trial this one repeats with a fresh seed.")
+    deleted: tuple[Name, ...] = Field(default=(), description="Weight files removed to save space.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _check_numbers(self.trial, self.optuna_number)
+        if (self.state in TERMINAL_STATES) != (self.ended is not None):
+            raise ValueError(f"state {self.state} and ended {self.ended} contradict each other")
+        if self.state in ("pruned", "failed", "interrupted") and not self.reason:
+            raise ValueError(f"state {self.state} needs a reason")
+        if self.state == "complete" and self.value is None and not self.objectives:
+            raise ValueError("state complete needs a value")
+        return self
+
+
+class BestParameters(VersionedFile):
+    """The best trial so far, with everything needed to train it again."""
+
+    study_name: Name = Field(description="Name of the Optuna study.")
+    updated: Time = Field(description="When this file was written.")
+    trial: TrialNumber = Field(description="The best trial.")
+    optuna_number: OptunaNumber = Field(description="Its number in the Optuna database.")
+    objective: Name = Field(description="Name of the score.")
+    direction: Literal["minimise", "maximise"] = Field(description="Which end of the score is better.")
+    value: float = Field(description="The trial's objective.")
+    checkpoint: str | None = Field(
+        default=None, description="Checkpoint that decided it, relative to the study folder."
+    )
+    checkpoint_sha256: Sha256 | None = Field(default=None, description="Identity of that checkpoint.")
+    epoch: Epoch | None = Field(default=None, description="Its epoch.")
+    parameters: dict[str, Scalar] = Field(description="Every hyperparameter, the derived ones too.")
+    derived: tuple[Name, ...] = Field(default=(), description="Which parameters were computed rather than drawn.")
+    tie_set: tuple[TrialNumber, ...] = Field(
+        default=(), description="Trials the measurements cannot tell from the best one, itself included."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _check_numbers(self.trial, self.optuna_number)
+        _check_derived(self.derived, self.parameters)
+        return self
+
+
+class TrialResult(Record):
+    """One line of the study's history."""
+
+    trial: TrialNumber = Field(description="Number of the trial.")
+    optuna_number: OptunaNumber = Field(description="Its number in the Optuna database.")
+    state: TrialStateName = Field(description="State as in trial_state.json.")
+    reason: str | None = Field(default=None, description="Why, for pruned, failed and interrupted.")
+    value: float | None = Field(default=None, description="Objective; null when there is none.")
+    feasible: bool | None = Field(default=None, description="Whether it passed its gate; null until scored.")
+    parameters: dict[str, Scalar] = Field(description="Every hyperparameter, the derived ones too.")
+    derived: tuple[Name, ...] = Field(default=(), description="Which parameters were computed rather than drawn.")
+    curve: tuple[CurvePoint, ...] = Field(default=(), description="Objective of the scored checkpoints, by epoch.")
+    finalist_of: TrialNumber | None = Field(default=None, description="The trial this one repeats with a fresh seed.")
+    started: Time | None = Field(default=None, description="When its training started.")
+    ended: Time | None = Field(default=None, description="When it reached its final state.")
+
+
+class AllTrials(VersionedFile):
+    """Every trial of the study."""
+
+    study_name: Name = Field(description="Name of the Optuna study.")
+    updated: Time = Field(description="When this file was written.")
+    objective: Name = Field(description="Name of the score.")
+    direction: Literal["minimise", "maximise"] = Field(description="Which end of the score is better.")
+    trials: tuple[TrialResult, ...] = Field(description="The trials by number.")
+
+
+def _check_numbers(trial: int, optuna_number: int) -> None:
+    if trial != optuna_number + 1:
+        raise ValueError(f"trial {trial} is not optuna_number {optuna_number} + 1")
+
+
+def _check_derived(derived: tuple[str, ...], parameters: dict[str, Scalar]) -> None:
+    if unknown := sorted(set(derived) - set(parameters)):
+        raise ValueError(f"derived names {', '.join(unknown)}, which parameters lacks")

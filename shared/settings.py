@@ -1,0 +1,212 @@
+"""One settings model per daemon feeds flags, the study file (`--config`), environment variables and `--help`.
+
+Flags beat environment variables, which beat the study file, which beats the defaults. The study file is TOML with one
+table per daemon, so that both daemons can read the same file; relative paths in it are relative to the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import tomllib
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+from pydantic_settings import (
+    SettingsError as EnvDecodeError,
+)
+
+from shared.errors import SettingsError
+
+TABLES = ("optimizer", "evaluator")
+
+
+class DaemonSettings(BaseSettings):
+    """Base of both models. Every field has a description that names its unit.
+
+    `table` is the model's table in the study file; environment variables are `<TABLE>_DAEMON_<FIELD>`.
+    """
+
+    model_config = SettingsConfigDict(extra="forbid", frozen=True)
+    table: typing.ClassVar[str]
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """`load_settings` reads the sources itself, because an error must name the one it came from."""
+        return (init_settings,)
+
+
+S = TypeVar("S", bound=DaemonSettings)
+
+
+@dataclass(frozen=True)
+class LoadedSettings(Generic[S]):
+    """The effective settings; `origins[field]` says where each came from, as the user wrote it."""
+
+    settings: S
+    origins: Mapping[str, str]
+
+
+def add_settings_flags(parser: argparse.ArgumentParser, model: type[DaemonSettings]) -> None:
+    """Add `--config` and one flag per field of `model`; unset flags stay out of the namespace."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="study file (TOML); flags override it")
+    _flag_source(parser, model)
+    for action in parser._actions:  # argparse has no public way to read back what the settings source added
+        action.help = action.help.removesuffix(" (default: None)") if action.help else action.help
+
+
+def load_settings(
+    model: type[S], arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ
+) -> LoadedSettings[S]:
+    """Merge flags, environment and study file into one validated model.
+
+    Args:
+        arguments: parsed by a parser that `add_settings_flags` prepared for the same `model`.
+    Raises:
+        SettingsError: names the flag, variable or file and field, the value and the remedy.
+    """
+    fields = model.model_fields
+    prefix = f"{model.table}_daemon_".upper()
+    config: Path | None = arguments.config
+    flags = {
+        name: value
+        for name, value in _flag_values(model, arguments).items()
+        if name in fields and getattr(arguments, name, None) is not None
+    }
+    sources: list[tuple[dict[str, Any], Callable[[str], str]]] = [
+        (_read_study_file(config, model) if config else {}, lambda field: f"{config} [{model.table}] {field}"),
+        (_read_environment(model, prefix, environment), lambda field: prefix + field.upper()),
+        (flags, lambda field: f"--{field.replace('_', '-')}"),
+    ]
+    values: dict[str, Any] = {}
+    origins = dict.fromkeys(fields, "default")
+    for found, name_of in sources:
+        values.update(found)
+        origins.update({field: name_of(field) for field in found})
+    try:
+        return LoadedSettings(model(**values), origins)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = str(first["loc"][0]) if first["loc"] else next(iter(fields))
+        where = origins[field] if origins[field] != "default" else f"--{field.replace('_', '-')}"
+        raise SettingsError(where, _plain(first["input"]), _remedy(first, fields[field])) from error
+
+
+def describe_settings(loaded: LoadedSettings[Any]) -> list[dict[str, Any]]:
+    """One row per field: name, value (JSON-ready), origin, description."""
+    shown = loaded.settings.model_dump(mode="json")
+    return [
+        {"field": name, "value": shown[name], "origin": loaded.origins[name], "description": info.description}
+        for name, info in type(loaded.settings).model_fields.items()
+    ]
+
+
+def _flag_source(parser: argparse.ArgumentParser, model: type[DaemonSettings]) -> CliSettingsSource[Any]:
+    return CliSettingsSource(
+        model,
+        root_parser=parser,
+        cli_parse_args=False,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        formatter_class=argparse.HelpFormatter,
+    )
+
+
+def _flag_values(model: type[DaemonSettings], arguments: argparse.Namespace) -> dict[str, Any]:
+    source = _flag_source(argparse.ArgumentParser(), model)
+    given = {name: value for name, value in vars(arguments).items() if name in model.model_fields and value is not None}
+    source(parsed_args=given)
+    return source()
+
+
+def _read_environment(model: type[DaemonSettings], prefix: str, environment: Mapping[str, str]) -> dict[str, Any]:
+    given = {name: value for name, value in environment.items() if name.upper().startswith(prefix)}
+    for name, value in given.items():
+        if (field := name.upper().removeprefix(prefix).lower()) not in model.model_fields:
+            raise SettingsError(name, value, f"there is no such setting{_did_you_mean(field, model.model_fields)}")
+    source = EnvSettingsSource(model, env_prefix=prefix)
+    source.env_vars = {name.lower(): value for name, value in given.items()}
+    try:
+        return source()
+    except EnvDecodeError as error:
+        name = next((n for n in given if n.upper().removeprefix(prefix).lower() in str(error)), prefix)
+        raise SettingsError(name, given.get(name), 'write a JSON list, such as \'["a", "b"]\'') from error
+
+
+def _read_study_file(file: Path, model: type[DaemonSettings]) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        document = tomllib.loads(text)
+    except OSError as error:
+        raise SettingsError("--config", str(file), f"name a readable TOML file ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError("--config", str(file), f"mend the TOML ({error})") from error
+    for table, content in document.items():
+        if table not in TABLES or not isinstance(content, dict):
+            hint = f"settings belong into one of the tables {', '.join(f'[{name}]' for name in TABLES)}"
+            raise SettingsError(f"{file}{_line(text, table)}: {table}", content, hint)
+    values: dict[str, Any] = document.get(model.table, {})
+    for field, value in values.items():
+        if field not in model.model_fields:
+            hint = f"there is no such setting{_did_you_mean(field, model.model_fields)}"
+            raise SettingsError(f"{file}{_line(text, field)}: {field}", value, hint)
+        if isinstance(value, bool) and model.model_fields[field].annotation is not bool:  # pydantic would read it as 1
+            raise SettingsError(f"{file} [{model.table}] {field}", value, "write a value, not true or false")
+    return {field: _beside(file, value, model.model_fields[field]) for field, value in values.items()}
+
+
+def _beside(file: Path, value: Any, info: FieldInfo) -> Any:
+    """Make a relative path of the study file relative to that file."""
+    if not _is_path(info.annotation):
+        return value
+    if isinstance(value, list):
+        return [file.parent / item if isinstance(item, str) else item for item in value]
+    return file.parent / value if isinstance(value, str) else value
+
+
+def _is_path(annotation: Any) -> bool:
+    return annotation is Path or any(_is_path(part) for part in typing.get_args(annotation))
+
+
+def _line(text: str, key: str) -> str:
+    """ " line N" of the key's first appearance, or nothing when it is written in an unusual way."""
+    pattern = re.compile(rf"\s*\[?\[?[\"']?{re.escape(key)}[\"']?\s*[=.\]]")
+    return next((f" line {n}" for n, line in enumerate(text.splitlines(), 1) if pattern.match(line)), "")
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else "; see --help for the list"
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _remedy(error: Any, info: FieldInfo) -> str:
+    """pydantic's sentence, lower-cased to follow ours, and what the field means."""
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return f"{message[0].lower()}{message[1:]} ({info.description})"
