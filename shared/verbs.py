@@ -1,27 +1,80 @@
-"""Verbs that both commands have."""
+"""The verbs of a command; one verb's flags are declared only when that verb is used, so that `--help` is instant."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from shared.settings import DaemonSettings, add_settings_flags, describe_settings, load_settings
+from shared.commands import run_command
+
+if TYPE_CHECKING:
+    from shared.settings import DaemonSettings
 
 
-def add_settings_verb(verbs: Any, model: type[DaemonSettings]) -> None:
-    """Add `settings`: show every effective setting and where it comes from."""
-    parser: argparse.ArgumentParser = verbs.add_parser(
-        "settings",
-        help="show the effective settings and where each comes from",
-        description="Show every setting as flags, environment, study file and defaults leave it, and its origin.",
-    )
-    add_settings_flags(parser, model)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(verb=lambda arguments: _show_settings(model, arguments))
+@dataclass(frozen=True)
+class Verb:
+    """One verb of a command.
+
+    Args:
+        name: as typed.
+        help: one line in the command's `--help`.
+        declare: adds description and flags to the verb's parser and returns what runs it: arguments -> exit status.
+            It imports what it needs itself.
+    """
+
+    name: str
+    help: str
+    declare: Callable[[argparse.ArgumentParser], Callable[[argparse.Namespace], int]]
+
+
+class _VerbParser(argparse.ArgumentParser):
+    verb: Verb | None = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self.verb is not None:
+            verb, self.verb = self.verb, None
+            self.set_defaults(run=verb.declare(self))
+        return super().parse_known_args(args, namespace)
+
+
+def run_verb(program: str, description: str, verbs: Sequence[Verb], argv: Sequence[str] | None) -> NoReturn:
+    """Parse `argv`, run the verb it names, and exit with the codes of `shared.errors`."""
+    parser = argparse.ArgumentParser(prog=program, description=description)
+    choices = parser.add_subparsers(metavar="VERB", required=True, parser_class=_VerbParser)
+    for verb in verbs:
+        choices.add_parser(verb.name, help=verb.help).verb = verb
+
+    def command() -> int:
+        arguments = parser.parse_args(argv)
+        return int(arguments.run(arguments))
+
+    sys.exit(run_command(command))
+
+
+def settings_verb(load_model: Callable[[], type[DaemonSettings]]) -> Verb:
+    """Return the verb `settings`: every effective setting and where it comes from."""
+
+    def declare(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+        from shared.settings import add_settings_flags
+
+        model = load_model()
+        parser.description = (
+            "Show every setting as flags, environment, study file and defaults leave it, and its origin."
+        )
+        add_settings_flags(parser, model)
+        parser.add_argument("--json", action="store_true", help="print JSON")
+        return lambda arguments: _show_settings(model, arguments)
+
+    return Verb("settings", "show the effective settings and where each comes from", declare)
 
 
 def _show_settings(model: type[DaemonSettings], arguments: argparse.Namespace) -> int:
+    from shared.settings import describe_settings, load_settings
+
     rows = describe_settings(load_settings(model, arguments))
     if arguments.json:
         print(json.dumps(rows, indent=2))

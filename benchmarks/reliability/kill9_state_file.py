@@ -76,7 +76,7 @@ def run(kills: int, folder: Path, seed: int) -> Outcome:
     unreadable = lost = 0
     number = first = read_model(path, TrialState).attempt
     for _ in range(kills):
-        _rewrite_and_kill(path, number + 1, after_s=moments.uniform(0, write_s + 0.004))
+        _rewrite_and_kill(path, number + 1, rewrites=moments.randrange(2), after_s=moments.uniform(0, write_s))
         try:
             found = read_model(path, TrialState).attempt
         except UnreadableFileError as error:
@@ -101,23 +101,25 @@ def _median_write_s(path: Path) -> float:
     return statistics.median(durations)
 
 
-def _rewrite_and_kill(path: Path, number: int, *, after_s: float) -> None:
-    ready, is_ready = os.pipe()
+def _rewrite_and_kill(path: Path, number: int, *, rewrites: int, after_s: float) -> None:
+    """Kill a rewriting child `after_s` after its so-many-th rewrite, which counts the same on a busy machine."""
+    progress, is_progress = os.pipe()
     parent, child = os.getpid(), os.fork()
     if child == 0:
         try:
-            os.write(is_ready, b".")
             while os.getppid() == parent:  # nobody kills the child of a benchmark that was itself killed
+                os.write(is_progress, b".")
                 write_model(path, version(number))
                 number += 1
         finally:
             os._exit(1)
-    os.close(is_ready)
-    os.read(ready, 1)  # so that the moment counts from the first write, however long the fork took
-    os.close(ready)
+    os.close(is_progress)
+    for _ in range(1 + rewrites):
+        os.read(progress, 1)
     time.sleep(after_s)
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
+    os.close(progress)  # not earlier: a broken pipe would end the child by itself
     if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
         raise RuntimeError(f"the child ended by itself with status {status}")
 

@@ -47,6 +47,7 @@ MALFORMED = {
     "two dtypes in one entry": ("duplicate_key", file_of('{"a":{"dtype":"F32","dtype":"F16"}}', HALVES)),
     "the same name twice, once escaped": ("duplicate_key", file_of('{"\\u0061":{},' + ONE + "}", HALVES)),
     "a list as metadata": ("metadata", file_of({"__metadata__": [], "a": entry()}, HALVES)),
+    "null as metadata": ("metadata", file_of({"__metadata__": None, "a": entry()}, HALVES)),
     "a number in metadata": ("metadata", file_of({"__metadata__": {"ss_epoch": 2}, "a": entry()}, HALVES)),
     "a table in metadata": ("metadata", file_of({"__metadata__": {"k": {"k": "v"}}, "a": entry()}, HALVES)),
     "half a surrogate pair": ("metadata", file_of('{"__metadata__":{"k":"\\ud800"},' + ONE + "}", HALVES)),

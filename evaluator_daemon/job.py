@@ -1,0 +1,148 @@
+"""What the evaluators of one study folder need to know: taken from its run.json, else made from flags."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from evaluator_daemon.settings import EvaluatorSettings
+from shared.errors import SettingsError, StudyMismatchError
+from shared.files import read_model
+from shared.layout import StudyLayout
+from shared.planning import digest_model, make_plan, read_prompt_file, resolve_device
+from shared.schemas import EvaluationPlan, Run
+from shared.settings import LoadedSettings
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything an evaluator is told.
+
+    Args:
+        root: the study folder.
+        base_model: diffusers folder; its content is the plan's.
+        clip_model: local CLIP folder, None to do without.
+        device: "cpu", "cuda" or "cuda:N".
+        threads: CPU threads of one evaluator.
+        check_interval_s: how late a new checkpoint may be seen.
+        idle_timeout_s: after how much quiet a trial without state files is over.
+    """
+
+    root: Path
+    plan: EvaluationPlan
+    base_model: Path
+    clip_model: Path | None
+    device: str
+    threads: int
+    check_interval_s: float
+    idle_timeout_s: float
+
+
+def study_folder(settings: EvaluatorSettings, *, make: bool) -> StudyLayout:
+    """Return the folder to watch.
+
+    Args:
+        make: make it where it is missing, for a manager that was started before its study.
+    Raises:
+        SettingsError: none was named, or it is not there and cannot or must not be made.
+    """
+    if settings.optimization_dir is None:
+        raise SettingsError("--optimization-dir", None, "name the study folder (the optimizer's --output-dir)")
+    if make:
+        try:
+            settings.optimization_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            remedy = f"name a folder that can be made ({error.strerror})"
+            raise SettingsError("--optimization-dir", str(settings.optimization_dir), remedy) from error
+    if not settings.optimization_dir.is_dir():
+        raise SettingsError("--optimization-dir", str(settings.optimization_dir), "make that folder or name another")
+    return StudyLayout(settings.optimization_dir.resolve())
+
+
+def find_job(loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout) -> Job | None:
+    """Return the study's job, or the one the flags describe in a folder without run.json.
+
+    Returns:
+        None where there is no run.json and the flags do not suffice: the study has not been started yet.
+    Raises:
+        StudyMismatchError: a flag or a model on disk differs from the frozen plan.
+        SettingsError: a flag, the base model or the CLIP is not usable.
+    """
+    settings = loaded.settings
+    run = read_run(study)
+    if run is not None and run.plan is not None:
+        return _job_of_study(loaded, study, run, run.plan)
+    if run is not None:
+        raise StudyMismatchError(
+            f"{study.run}: the trainer of this study scores its trials itself; nothing to evaluate"
+        )
+    if settings.base_model is None or settings.prompts is None:
+        return None
+    plan = make_plan(
+        base_model=settings.base_model,
+        prompts=read_prompt_file(settings.prompts),
+        device=settings.device,
+        num_samples=settings.num_samples,
+        clip_model=settings.clip_model,
+    )
+    threads = max(1, (os.cpu_count() or 1) // 2)
+    return _job(settings, study, plan, settings.base_model, settings.clip_model, threads)
+
+
+def read_run(study: StudyLayout) -> Run | None:
+    """Return run.json, None while there is none."""
+    try:
+        return read_model(study.run, Run)
+    except FileNotFoundError:
+        return None
+
+
+def _job_of_study(loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout, run: Run, plan: EvaluationPlan) -> Job:
+    settings = loaded.settings
+    if loaded.origins["num_samples"] != "default" and settings.num_samples != plan.num_samples:
+        raise _differs(loaded.origins["num_samples"], settings.num_samples, plan.num_samples)
+    if settings.prompts is not None and (prompts := read_prompt_file(settings.prompts)) != plan.prompts:
+        raise _differs(loaded.origins["prompts"], list(prompts), list(plan.prompts))
+    base_model = settings.base_model or (Path(run.base_model) if run.base_model else None)
+    if base_model is None:
+        raise SettingsError("--base-model", None, f"{study.run} names no base model; name it here")
+    if digest_model(base_model) != plan.base_digest:
+        raise StudyMismatchError(
+            f"{base_model}: its content is not that of the base model the study was started with; put that one back "
+            "or start a new study"
+        )
+    recorded = run.settings.get("clip-model", run.settings.get("clip_model"))
+    clip_model = settings.clip_model or (Path(recorded) if isinstance(recorded, str) else None)
+    planned = plan.scoring.values.get("clip_digest")
+    if planned is None:
+        clip_model = None  # the study was started without: its scores stay comparable
+    elif clip_model is None or digest_model(clip_model, setting="--clip-model") != planned:
+        raise StudyMismatchError(
+            f"{clip_model or 'no CLIP model'}: the study was started with another CLIP; name that one by --clip-model"
+        )
+    return _job(settings, study, plan, base_model, clip_model, run.threads_per_process)
+
+
+def _job(
+    settings: EvaluatorSettings,
+    study: StudyLayout,
+    plan: EvaluationPlan,
+    base_model: Path,
+    clip_model: Path | None,
+    threads: int,
+) -> Job:
+    return Job(
+        root=study.root,
+        plan=plan,
+        base_model=base_model.resolve(),
+        clip_model=clip_model and clip_model.resolve(),
+        device=resolve_device(settings.device),
+        threads=threads,
+        check_interval_s=settings.evaluator_check_interval,
+        idle_timeout_s=settings.idle_timeout,
+    )
+
+
+def _differs(flag: str, here: object, there: object) -> StudyMismatchError:
+    return StudyMismatchError(f"{flag} is {here!r}, but the study's run.json has {there!r}; leave the flag out")

@@ -1,0 +1,92 @@
+"""From pictures to metrics, scores and the gate's verdict, as they are written down."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from evaluator_daemon.metrics.base import MetricSource, RenderedSet
+from evaluator_daemon.metrics.pixels import pixel_statistics, sentinel
+from evaluator_daemon.scoring import CLIP_TOLERANCE, combined_score, gate, pixar_style_score
+from shared.errors import SettingsError
+from shared.schemas import EvaluationPlan, Gate, GateCheck, Metric, Score
+
+
+def measure(sources: Sequence[MetricSource], rendered: RenderedSet) -> dict[str, Metric]:
+    """Let every source measure the pictures."""
+    metrics: dict[str, Metric] = {}
+    for source in sources:
+        metrics.update(source.measure(rendered))
+    return metrics
+
+
+def scores_of(metrics: Mapping[str, Metric], plan: EvaluationPlan) -> dict[str, Score]:
+    """Compute the scores of pixel metrics, with the targets frozen in the plan."""
+    brightness, contrast, saturation = (_values(metrics[name]) for name in ("brightness", "contrast", "saturation"))
+    combined = combined_score(
+        brightness,
+        contrast,
+        target_brightness=preset_number(plan, "target.brightness", 0.5),
+        target_contrast=preset_number(plan, "target.contrast", 0.2),
+        std_weight=preset_number(plan, "weight.std", 0.5),
+    )
+    style = pixar_style_score(brightness, contrast, saturation)
+    return {
+        "brightness_score": Score(value=combined.brightness_score, direction="minimise"),
+        "contrast_score": Score(value=combined.contrast_score, direction="minimise"),
+        "combined_score": Score(value=combined.combined_score, direction="minimise"),
+        "pixar_style_score": Score(value=style, direction="maximise"),
+    }
+
+
+def gate_of(
+    rendered: RenderedSet, metrics: Mapping[str, Metric], base: Mapping[str, Metric] | None, plan: EvaluationPlan
+) -> Gate:
+    """Say whether these pictures may win.
+
+    Args:
+        base: the base model's metrics for the same samples; None when these are them.
+    """
+    sentinels = gate([sentinel(pixel_statistics(picture)) for picture in rendered.pictures])
+    checks = {
+        "sentinels": GateCheck(passed=sentinels.passed, reason="; ".join(sentinels.reasons) or None),
+    }
+    if base is not None:
+        checks["clip_consistency"] = _clip_check(
+            metrics["clip_consistency"],
+            base["clip_consistency"],
+            preset_number(plan, "gate.clip_tolerance", CLIP_TOLERANCE),
+        )
+    return Gate(feasible=all(check.passed is not False for check in checks.values()), checks=checks)
+
+
+def preset_number(plan: EvaluationPlan, name: str, default: float) -> float:
+    """Return a figure of the plan's scoring preset.
+
+    Raises:
+        SettingsError: it is no number.
+    """
+    value = plan.scoring.values.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise SettingsError(f"scoring preset {plan.scoring.name}: {name}", value, "write a number")
+    return float(value)
+
+
+def _clip_check(lora: Metric, base: Metric, tolerance: float) -> GateCheck:
+    for metric in (lora, base):
+        if metric.status != "ok":
+            return GateCheck(passed=None, limit=-tolerance, reason=f"{metric.status}: {metric.reason}")
+    verdict = gate([], _values(lora), _values(base), tolerance)
+    assert verdict.clip_difference is not None
+    high = verdict.clip_difference.high
+    return GateCheck(
+        passed=verdict.passed,
+        value=high if math.isfinite(high) else None,  # one pair proves nothing
+        limit=-tolerance,
+        reason="; ".join(verdict.reasons) or None,
+    )
+
+
+def _values(metric: Metric) -> list[float]:
+    assert metric.per_image is not None, "only metrics with one value per picture are asked for"
+    return [value for value in metric.per_image if value is not None]

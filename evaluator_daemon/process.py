@@ -1,0 +1,75 @@
+"""What runs in an evaluator process and around it: the fork's first steps, its end with the manager, its news."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from evaluator_daemon.job import Job
+from shared.commands import run_command
+from shared.errors import LabError
+from shared.layout import TrialLayout
+from shared.logs import log_change, set_up_logs
+
+PRELOADED = (
+    "evaluator_daemon.evaluator",
+    "evaluator_daemon.renderers.diffusion",
+    "evaluator_daemon.metrics.clip_consistency",
+)
+"""What the fork server imports once, so that an evaluator starts in a moment and shares the memory."""
+
+_SERVICE_VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+
+_log = logging.getLogger(__name__)
+
+
+def run_evaluator_process(job: Job, trial: Path, watch: bool, previous_exit: int | None, messages: Connection) -> None:
+    """What an evaluator process does after the fork; exits with the codes of `shared.errors`."""
+    for name in _SERVICE_VARIABLES:
+        os.environ.pop(name, None)
+    os.setsid()  # a terminal's Ctrl-C reaches the manager alone, which passes it on
+    threading.Thread(target=_die_with_manager, daemon=True).start()
+    set_up_logs(TrialLayout(trial).evaluation_log, to_stderr=False)
+    # by name: the manager must not import what only its children need
+    evaluator: Any = importlib.import_module("evaluator_daemon.evaluator")
+
+    def command() -> int:
+        try:
+            evaluator.evaluate_trial(
+                job, trial, watch=watch, previous_exit=previous_exit, changed_state=lambda: messages.send_bytes(b"news")
+            )
+        except LabError as error:
+            log_change(_log, "ended", level=logging.WARNING, reason=error)
+            raise
+        return 0
+
+    sys.exit(run_command(command))
+
+
+def _die_with_manager() -> None:
+    """An evaluator whose manager is gone must leave its trial to whoever evaluates it next."""
+    manager = multiprocessing.parent_process()
+    assert manager is not None
+    manager.join()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wake_on_news(messages: Connection, sentinel: int, wake: Callable[[], None]) -> None:
+    """Bring the manager's next sweep forward when an evaluator has news or has ended."""
+    try:
+        while True:
+            wait([messages, sentinel])
+            wake()
+            if wait([sentinel], timeout=0.2):  # also leaves the sweep time to read the message
+                return
+    except (OSError, ValueError):
+        return  # closed by the sweep that reaped the evaluator

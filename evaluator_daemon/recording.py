@@ -1,0 +1,225 @@
+"""An evaluator's memory and its results on disk: durable before anything depends on it."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Sequence
+from datetime import datetime
+
+import numpy as np
+from PIL import Image
+
+from evaluator_daemon.folder import read_or_none
+from evaluator_daemon.metrics.base import Picture
+from evaluator_daemon.sweep import quarantine_code
+from shared.files import read_or_set_aside, sweep_temp_files, write_bytes, write_model
+from shared.layout import EvaluationsLayout, RenderLayout
+from shared.logs import log_change
+from shared.schemas import (
+    Attempt,
+    CheckpointRecord,
+    EvaluationState,
+    EvaluationSummary,
+    Metrics,
+    Quarantine,
+    SummaryEntry,
+)
+
+_GRID_COLUMNS = 4
+_log = logging.getLogger(__name__)
+
+
+class Memory:
+    """The evaluation_state.json of one folder of evaluations; one record per checkpoint name.
+
+    A damaged state is set aside and rebuilt from the checkpoints' metrics.json files.
+    """
+
+    def __init__(self, name: str, evaluations: EvaluationsLayout, plan_hash: str) -> None:
+        self.name = name
+        self.evaluations = evaluations
+        self.plan_hash = plan_hash
+        sweep_temp_files(evaluations.folder)
+        reading = read_or_set_aside(evaluations.state, EvaluationState, now())
+        if reading.set_aside:
+            log_change(_log, "state set aside", level=logging.WARNING, file=reading.set_aside.name, why=reading.reason)
+        kept = reading.content.checkpoints if reading.content else self._rebuilt()
+        self._records = {record.checkpoint: record for record in kept}
+
+    @property
+    def records(self) -> tuple[CheckpointRecord, ...]:
+        return tuple(self._records.values())
+
+    def record_of(self, name: str, sha256: str | None) -> CheckpointRecord | None:
+        """Return what is known about exactly this content under this name and the plan."""
+        record = self._records.get(name)
+        same = record and (record.checkpoint_sha256, record.plan_hash) == (sha256, self.plan_hash)
+        return record if same else None
+
+    def twin_of(self, name: str, sha256: str) -> CheckpointRecord | None:
+        """Return a recorded checkpoint of equal content under another name."""
+        identity = ("recorded", None, sha256, self.plan_hash)
+        for record in self.records:
+            found = (record.status, record.same_as, record.checkpoint_sha256, record.plan_hash)
+            if found == identity and record.checkpoint != name:
+                return record
+        return None
+
+    def put(self, record: CheckpointRecord) -> None:
+        """Write a record, in place of what was known under that name."""
+        self._records[record.checkpoint] = record
+        self.write()
+
+    def write(self) -> None:
+        """Write the state durably."""
+        state = EvaluationState(trial_name=self.name, updated=now(), checkpoints=self.records)
+        write_model(self.evaluations.state, state)
+
+    def end_attempt(self, record: CheckpointRecord, outcome: str, reason: str | None = None) -> CheckpointRecord:
+        """Close the running attempt; the checkpoint is quarantined when it has used up its attempts."""
+        *earlier, running = record.attempts
+        ended = Attempt.model_validate({**dict(running), "ended": now(), "outcome": outcome, "reason": reason})
+        closed = changed(record, status="waiting", attempts=(*earlier, ended))
+        if outcome == "recorded":
+            closed = changed(closed, status="recorded")
+        else:
+            others = any(r.status == "recorded" for r in self.records if r.checkpoint != record.checkpoint)
+            if code := quarantine_code(closed, others_succeeded=others):
+                closed = quarantined(closed, code, f"{len(closed.attempts)} attempts, the last: {reason}")
+        self.put(closed)
+        return closed
+
+    def close_unfinished(self, by_itself: str | None) -> list[CheckpointRecord]:
+        """Close attempts that an earlier process left running.
+
+        Args:
+            by_itself: how that process ended by its own fault; None when it was stopped or nobody knows.
+        """
+        outcome = "strike" if by_itself else "interruption"
+        reason = by_itself or "the evaluator was stopped before it ended"
+        return [self.end_attempt(record, outcome, reason) for record in self.records if record.status == "evaluating"]
+
+    def write_summary(self) -> None:
+        """Write evaluation_summary.json anew from the recorded checkpoints' metrics.json files."""
+        found = []
+        for record in (record for record in self.records if record.status == "recorded"):
+            metrics = read_or_none(self.evaluations.checkpoint(record.checkpoint).metrics, Metrics)
+            if metrics is not None and _fits(metrics, record):
+                found.append(metrics)
+        found.sort(key=lambda metrics: (metrics.epoch is None, metrics.epoch or 0, metrics.checkpoint))
+        summary = EvaluationSummary(
+            trial_name=self.name,
+            total_checkpoints_evaluated=len(found),
+            checkpoints={metrics.checkpoint: _summary_entry(metrics) for metrics in found},
+            last_update=now(),
+        )
+        write_model(self.evaluations.summary, summary)
+
+    def has_results(self, record: CheckpointRecord) -> bool:
+        """Whether the record's metrics.json is there and is about that content and plan."""
+        metrics = read_or_none(self.evaluations.checkpoint(record.checkpoint).metrics, Metrics)
+        return metrics is not None and _fits(metrics, record)
+
+    def _rebuilt(self) -> list[CheckpointRecord]:
+        """Records from the results alone; size and time 0 let each file be looked at, but not rendered, again."""
+        records = []
+        for path in sorted(self.evaluations.folder.glob("*/metrics.json")):
+            metrics = read_or_none(path, Metrics)
+            if metrics is not None and metrics.checkpoint == path.parent.name:
+                records.append(
+                    CheckpointRecord(
+                        checkpoint=metrics.checkpoint,
+                        checkpoint_sha256=metrics.checkpoint_sha256,
+                        plan_hash=metrics.plan_hash,
+                        epoch=metrics.epoch,
+                        size=0,
+                        modified_ns=0,
+                        status="recorded",
+                    )
+                )
+        return records
+
+
+def now() -> datetime:
+    """The local time with its offset."""
+    return datetime.now().astimezone()
+
+
+def changed(record: CheckpointRecord, **updates: object) -> CheckpointRecord:
+    """Return a record with some fields replaced, validated again."""
+    return CheckpointRecord.model_validate({**dict(record), **updates})
+
+
+def quarantined(record: CheckpointRecord, code: str, reason: str) -> CheckpointRecord:
+    """Return the record with a quarantine."""
+    return changed(record, status="quarantined", quarantine=Quarantine(code=code, reason=reason, since=now()))
+
+
+def write_pictures(layout: RenderLayout, pictures: Sequence[Picture]) -> None:
+    """Write each sample and the grid; samples of an earlier, larger plan go."""
+    layout.folder.mkdir(parents=True, exist_ok=True)
+    sweep_temp_files(layout.folder)
+    for index, picture in enumerate(pictures):
+        write_bytes(layout.sample(index), _png(picture))
+    write_bytes(layout.grid, _png(grid(pictures)))
+    extra = len(pictures)
+    while layout.sample(extra).exists():
+        layout.sample(extra).unlink()
+        extra += 1
+
+
+def read_pictures(layout: RenderLayout, count: int) -> list[Picture]:
+    """Read samples 0 to count - 1 back.
+
+    Raises:
+        OSError: one is missing or no picture.
+    """
+    pictures = []
+    for index in range(count):
+        with Image.open(layout.sample(index)) as image:
+            pictures.append(np.asarray(image.convert("RGB")))
+    return pictures
+
+
+def grid(pictures: Sequence[Picture]) -> Picture:
+    """Lay pictures of one size out row by row, four in a row; an unfilled end stays black."""
+    columns = min(_GRID_COLUMNS, len(pictures))
+    rows = -(-len(pictures) // columns)
+    height, width, _ = pictures[0].shape
+    sheet = np.zeros((rows * height, columns * width, 3), np.uint8)
+    for index, picture in enumerate(pictures):
+        top, left = index // columns * height, index % columns * width
+        sheet[top : top + height, left : left + width] = picture
+    return sheet
+
+
+def _png(picture: Picture) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _fits(metrics: Metrics, record: CheckpointRecord) -> bool:
+    return (metrics.checkpoint_sha256, metrics.plan_hash) == (record.checkpoint_sha256, record.plan_hash)
+
+
+def _summary_entry(metrics: Metrics) -> SummaryEntry:
+    pixels = {
+        f"{short}_{name}": getattr(metrics.metrics.get(name), field, None)
+        for name in ("brightness", "contrast", "saturation")
+        for short, field in (("mean", "value"), ("std", "std"))
+    }
+    return SummaryEntry.model_validate(
+        {
+            "epoch": metrics.epoch,
+            "evaluation_time": metrics.evaluation_time,
+            **pixels,
+            "scores": {name: score.value for name, score in metrics.scores.items()},
+            "metric_status": {name: metric.status for name, metric in metrics.metrics.items()},
+            "feasible": metrics.gate.feasible,
+            "checkpoint_sha256": metrics.checkpoint_sha256,
+            "plan_hash": metrics.plan_hash,
+            "seconds": metrics.seconds.total,
+        }
+    )

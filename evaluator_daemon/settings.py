@@ -1,0 +1,32 @@
+"""What the evaluator daemon can be told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
+
+from shared.settings import DaemonSettings
+
+
+class EvaluatorSettings(DaemonSettings):
+    """Flags, `[evaluator]` in the study file, or EVALUATOR_DAEMON_* variables."""
+
+    table: ClassVar[str] = "evaluator"
+
+    optimization_dir: Path | None = Field(None, description="study folder to watch (the optimizer's --output-dir)")
+    base_model: Path | None = Field(None, description="base model, a diffusers folder (default: the study's)")
+    clip_model: Path | None = Field(
+        None, description="local CLIP folder for the CLIP consistency (default: the study's)"
+    )
+    prompts: Path | None = Field(None, description="prompt file, one prompt a line (default: the study's)")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    num_samples: int = Field(8, ge=1, description="pictures per checkpoint")
+    check_interval: float = Field(30.0, gt=0, description="seconds until a new trial is seen at the latest")
+    evaluator_check_interval: float = Field(
+        30.0, gt=0, description="seconds until a live evaluator sees a new checkpoint at the latest"
+    )
+    idle_timeout: float = Field(
+        900.0, gt=0, description="seconds without a change after which a trial without state files counts as over"
+    )

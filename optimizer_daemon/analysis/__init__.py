@@ -1,0 +1,1 @@
+"""Pictures and figures of a study, made from its files in a process of their own."""

@@ -1,0 +1,393 @@
+"""The optimizer daemon: one lock, one frozen run.json, and a tick that moves every live trial on."""
+
+from __future__ import annotations
+
+import logging
+import re
+import signal
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from random import Random
+from typing import Any
+
+from optimizer_daemon.display import LiveLine, duration
+from optimizer_daemon.lifecycle import Action, next_action
+from optimizer_daemon.optuna_adapter.study import Draw, TuningStudy
+from optimizer_daemon.recovery import live_trial, params_of, recover
+from optimizer_daemon.refresh import PictureRefresh
+from optimizer_daemon.results import all_trials, publish_final, trials_of_stage, write_results
+from optimizer_daemon.runner import LiveTrial, Runner, now_local
+from optimizer_daemon.scores import ScoreReader
+from optimizer_daemon.scoring_command import EVALUATOR, ScoringCommand
+from optimizer_daemon.search.load import load_space
+from optimizer_daemon.search.space import format_parameters
+from optimizer_daemon.settings import OptimizerSettings
+from optimizer_daemon.study_file import open_run, rewritten
+from optimizer_daemon.summary import ended_text, stopped_text
+from optimizer_daemon.trainers import TRAINERS
+from optimizer_daemon.watch_script import write_watch_script
+from shared.errors import LabError, ResourceError, SettingsError, Stopped
+from shared.layout import StudyLayout
+from shared.locks import FileLock
+from shared.logs import log_change, set_up_logs
+from shared.schemas import AllTrials, Run
+from shared.schemas.optimizer import RunStatus
+from shared.service import Service
+from shared.supervise import STOP_TIMEOUT_S
+
+TICK_S = 1.0
+MOST_EQUAL_FAILURES = 3  # in a row
+MOST_UNSCORED = 2  # trainings that ended and wait for their score, for each slot
+
+_STARTS = (Action.TRAIN, Action.RESUME, Action.REDO, Action.EVALUATE)
+_KILL_TIMEOUT_S = 10.0
+_KIND_CHARACTERS = 100
+_EPOCHS = "max_train_epochs"
+
+_log = logging.getLogger(__name__)
+
+
+class OptimizerDaemon:
+    """One study, from its lock to its last trial.
+
+    Args:
+        settings: the effective settings.
+        evaluator: the evaluator's program, which scores where no manager lives.
+        clock: monotonic time in seconds.
+    """
+
+    def __init__(
+        self,
+        settings: OptimizerSettings,
+        *,
+        evaluator: Sequence[str] = EVALUATOR,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if settings.output_dir is None:
+            raise SettingsError("--output-dir", None, "name the study folder; it is made when missing")
+        self.layout = StudyLayout(settings.output_dir.absolute())
+        self._settings = settings
+        self._evaluator = evaluator
+        self._clock = clock
+        self._service = Service(clock=clock)
+        self._line = LiveLine()
+        self._live: list[LiveTrial] = []
+        self._failures: list[str] = []
+        self._ticking = False
+        self._begin = clock()
+        self._stage = None if settings.max_epochs is None else f"{settings.max_epochs} epochs"
+
+    # ------------------------------------------------------------------------------------------------ the whole run
+
+    def run(self) -> None:
+        """Run until enough trials are finished.
+
+        Raises:
+            AlreadyRunningError: another daemon has this folder.
+            Stopped: a signal asked to stop; the trainings were stopped and go on at the next start.
+            LabError: something a person has to mend first.
+        """
+        self.layout.root.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.layout.optimizer_lock):
+            set_up_logs(self.layout.optimizer_log)
+            self._open()
+            try:
+                self._service.run(self._tick, TICK_S)
+            except (LabError, KeyboardInterrupt) as error:
+                self._line.clear()
+                # A second Ctrl-C reaches us in the middle of a tick: nothing is waited for then.
+                self._stop_trials(error, at_once=self._ticking and isinstance(error, Stopped | KeyboardInterrupt))
+                raise Stopped(signal.SIGINT) if isinstance(error, KeyboardInterrupt) else error from None
+            self._end()
+
+    def _open(self) -> None:
+        """Freeze or compare run.json, open the study and find what an earlier daemon left."""
+        space = load_space(self._settings.search_space)
+        trainer = TRAINERS.load(self._settings.trainer)
+        self._run: Run = open_run(self._settings, self.layout, now_local())
+        assert self._run.plan is not None and self._run.plan_hash is not None, "the evaluator scores this workload"
+        epochs = self._settings.max_epochs
+        pinned = {} if epochs is None or _EPOCHS not in space.parameters else {_EPOCHS: epochs}
+        # Rehearsed now: what the trainer cannot train would come to light in the middle of a trial otherwise.
+        rehearsal = Draw(0, {**space.draw(Random(self._settings.seed)), **pinned}, self._stage, now_local())
+        trainer.plan(params_of(rehearsal, space, self._settings.seed), self.layout.trial(1), self._run)
+        self._space = space
+        self._study = TuningStudy.open(
+            self._run.study_name,
+            self._run.storage,
+            space,
+            seed=self._settings.seed,
+            folder_id=self._run.folder_id,
+            pinned=pinned,
+            stage=self._stage,
+        )
+        self._objective = self._run.plan.scoring.objective
+        self._reader = ScoreReader(self._run.plan_hash, self._objective)
+        threads = self._run.threads_per_process
+        self._scoring = ScoringCommand(self._evaluator, self._settings.device, threads, self._clock)
+        self._runner = Runner(trainer, self._run)
+        self._pictures = PictureRefresh(self.layout)
+        write_watch_script(self.layout)
+        self._live = recover(
+            self._study,
+            self.layout,
+            space,
+            self._runner,
+            seed=self._settings.seed,
+            now=self._clock(),
+            time=now_local(),
+        )
+        self._trials = self._collect()
+        log_change(_log, "study opened", study=self._run.study_name, finished=self._finished, target=self._target)
+
+    def _end(self) -> None:
+        """Say what was found."""
+        self._line.clear()
+        status: RunStatus = "finished" if self._finished >= self._target else "stopped"
+        self._run = rewritten(self._run, self.layout, status, now_local())
+        self._pictures.finish()
+        log_change(_log, "study ended", status=status, finished=self._finished, target=self._target)
+        print(ended_text(self.layout, self._trials, self._finished, self._target), flush=True)
+
+    def _stop_trials(self, error: BaseException, *, at_once: bool) -> None:
+        """Stop every training so that the next start goes on with it, and say what was saved."""
+        reason = str(error) if isinstance(error, LabError) else "stopped by signal 2"
+        if not at_once:
+            log_change(_log, "stopping", reason=reason, trainings=sum(live.process is not None for live in self._live))
+        try:
+            self._stop_trainings(0.0 if at_once else STOP_TIMEOUT_S)
+        except KeyboardInterrupt:
+            self._stop_trainings(0.0)
+        for live in self._live:
+            if live.state.state == "training" and self._runner.ending(live) != "finished":
+                live.write_state(state="interrupted", reason=reason)
+                log_change(_log, "trial interrupted", trial=live.number, saved=live.layout.training_state.exists())
+        self._run = rewritten(self._run, self.layout, "stopped", now_local())
+        self._pictures.stop()
+        print(stopped_text(self._live, self._finished, self._target), flush=True)
+
+    def _stop_trainings(self, term_timeout_s: float) -> None:
+        for live in self._live:
+            self._runner.stop(live, term_timeout_s=term_timeout_s, kill_timeout_s=_KILL_TIMEOUT_S)
+        self._scoring.stop()
+
+    # ------------------------------------------------------------------------------------------------------ one tick
+
+    def _tick(self) -> None:
+        self._ticking = True
+        self._line.clear()
+        self._scoring.poll()
+        for live in list(self._live):
+            while self._advance(live):
+                pass
+        self._draw_trials()
+        self._pictures.poll()
+        progress = self._progress()
+        self._line.draw(progress)
+        self._service.status(", ".join(progress))
+        self._ticking = False
+
+    def _advance(self, live: LiveTrial) -> bool:
+        """Take one step with a trial; return whether another may follow at once."""
+        self._look_at_training(live)
+        self._look_at_scores(live)
+        view = self._runner.view(live, told=live not in self._live, evaluator_busy=self._evaluator_is_busy(live))
+        action = next_action(view, self._clock())
+        if self._service.stopping and action in _STARTS:
+            return False
+        match action:
+            case Action.TRAIN | Action.RESUME | Action.REDO:
+                self._train(live, action)
+            case Action.STOP_HUNG:
+                self._runner.stop(live, term_timeout_s=STOP_TIMEOUT_S, kill_timeout_s=_KILL_TIMEOUT_S)
+                self._fail(live, f"hung: nothing new in training.log for {view.patience_s:.0f} s")
+            case Action.MARK_TRAINED:
+                live.write_state(state="trained", reason=None)
+                log_change(_log, "training ended", trial=live.number, checkpoints=live.scores.seen)
+            case Action.EVALUATE:
+                self._scoring.start(live.layout)
+            case Action.COMPLETE:
+                self._complete(live)
+            case Action.FAIL:
+                unscored = live.state.state == "trained"
+                self._fail(live, f"unscored: {live.scores.reason}" if unscored else self._runner.why_failed(live))
+            case Action.TELL:
+                self._tell(live)
+        return action not in (Action.WATCH, Action.EVALUATE, Action.WAIT, Action.NOTHING)
+
+    def _draw_trials(self) -> None:
+        """Ask for a trial when there is a slot, a trial left to run and not too much to score."""
+        training = sum(live.state.state != "trained" for live in self._live)
+        unscored = len(self._live) - training
+        if self._time_is_up or self._finished + len(self._live) >= self._target:
+            if not self._live:
+                self._service.stop()
+            return
+        if training == 0 and unscored <= MOST_UNSCORED and not self._service.stopping:
+            draw = self._study.ask()
+            live = live_trial(self.layout, draw, self._space, seed=self._settings.seed, time=now_local())
+            self._live.append(live)
+            self._service.wake()
+
+    # --------------------------------------------------------------------------------------------- a trial's actions
+
+    def _train(self, live: LiveTrial, action: Action) -> None:
+        attempt, resumes, curve = live.state.attempt, live.state.resumes, live.state.curve
+        if action is Action.REDO:
+            self._runner.set_aside(live)
+            # An attempt that we ended ourselves does not count.
+            attempt, resumes, curve = attempt + (live.state.state != "interrupted"), 0, ()
+        elif action is Action.RESUME:
+            resumes += 1
+        # Written before the start: a crash in between is found as a training that never began.
+        live.write_state(
+            state="training", reason=None, attempt=attempt, resumes=resumes, curve=curve, started=now_local()
+        )
+        how: dict[str, Any] = {"from": "its saved state"} if action is Action.RESUME else {}
+        log_change(_log, "trial started", trial=f"{live.number} of {self._target}", attempt=attempt, **how)
+        for line in format_parameters(live.params.parameters):
+            _log.info(line)
+        self._runner.start(live, self._clock())
+
+    def _look_at_training(self, live: LiveTrial) -> None:
+        """Log each epoch the training has come to, the last ones of one that has ended too."""
+        if live.state.state == "training":
+            for _ in self._runner.follow(live, self._clock()):
+                log_change(_log, "epoch", trial=live.number, **_fields(live))
+
+    def _look_at_scores(self, live: LiveTrial) -> None:
+        """Pass new scores on, to the study, the state file and the log."""
+        if live.state.ended is not None:
+            return
+        live.scores = self._reader.read(live.layout, live.params.max_train_epochs)
+        known = set(live.state.curve)
+        new = [point for point in live.scores.curve if point not in known]
+        for point in new:
+            self._study.report(live.state.optuna_number, point.epoch, point.value)
+            score: dict[str, Any] = {self._objective: point.value}
+            log_change(_log, "checkpoint scored", trial=live.number, epoch=point.epoch, **score)
+        if new:
+            live.write_state(curve=live.scores.curve)
+
+    def _complete(self, live: LiveTrial) -> None:
+        final = live.scores.final
+        assert final is not None, "a scored trial has a final score"
+        publish_final(live.layout, final)
+        live.write_state(
+            state="complete",
+            reason=final.infeasible_because,
+            value=final.value,
+            feasible=final.infeasible_because is None,
+            ended=now_local(),
+        )
+
+    def _fail(self, live: LiveTrial, reason: str) -> None:
+        live.write_state(state="failed", reason=reason, ended=now_local())
+        log_change(_log, "trial failed", level=logging.WARNING, trial=live.number, reason=reason)
+
+    def _tell(self, live: LiveTrial) -> None:
+        """Tell the study what trial_state.json already says; repeating it after a crash is harmless."""
+        state = live.state
+        if state.state == "failed":
+            self._study.tell_failed(state.optuna_number, state.reason or "unknown")
+        else:
+            assert state.value is not None, "a complete trial has a value"
+            infeasible_because = None if state.feasible is not False else state.reason
+            self._study.tell_complete(state.optuna_number, state.value, infeasible_because)
+        self._live.remove(live)
+        self._trials = self._collect()
+        write_results(self.layout, self._trials)
+        self._pictures.request()
+        if state.state == "complete":
+            fields: dict[str, Any] = {self._objective: state.value}
+            if not state.feasible:
+                fields["cannot_win"] = state.reason
+            log_change(
+                _log,
+                "trial ended",
+                trial=f"{live.number} of {self._target}",
+                **fields,
+                took=duration(_seconds(state.started, state.ended)),
+                finished=self._finished,
+                study_eta=duration(self._study_seconds_left()),
+            )
+        self._remember_end(state.reason if state.state == "failed" else None)
+
+    def _remember_end(self, failure: str | None) -> None:
+        """Stop the daemon when trial after trial fails in the same way: the night would be lost."""
+        if failure is None:
+            self._failures.clear()
+            return
+        kind = re.sub(r"[0-9]+", "", failure)[:_KIND_CHARACTERS]  # numbers, as in paths, differ between trials
+        self._failures = [*self._failures, kind] if set(self._failures) <= {kind} else [kind]
+        if len(self._failures) >= MOST_EQUAL_FAILURES:
+            raise ResourceError(
+                f"{len(self._failures)} trials in a row failed in the same way; mend it and start again: {failure}"
+            )
+
+    # ------------------------------------------------------------------------------------------------------- figures
+
+    @property
+    def _target(self) -> int:
+        return self._settings.n_trials
+
+    @property
+    def _finished(self) -> int:
+        """Finished trials of this run's stage."""
+        done = {trial.trial for trial in self._trials.trials if trial.state in ("complete", "pruned")}
+        return len(done & self._in_stage)
+
+    @property
+    def _time_is_up(self) -> bool:
+        return self._settings.timeout is not None and self._clock() - self._begin >= self._settings.timeout
+
+    def _evaluator_is_busy(self, live: LiveTrial) -> bool:
+        if live.state.state != "trained":
+            return False
+        return (
+            not self._scoring.ready
+            or FileLock.is_held(self.layout.manager_lock)
+            or FileLock.is_held(live.layout.evaluations.lock)
+        )
+
+    def _collect(self) -> AllTrials:
+        self._in_stage = trials_of_stage(self.layout, self._stage)
+        return all_trials(self.layout, self._run.study_name, self._objective, now_local())
+
+    def _study_seconds_left(self) -> float:
+        """Estimate from the finished trials how long the others take; trials run one after the other."""
+        took = [_seconds(trial.started, trial.ended) for trial in self._trials.trials if trial.state == "complete"]
+        left = max(0, self._target - self._finished)
+        return left * sum(took) / len(took) if took else 0.0
+
+    def _progress(self) -> list[str]:
+        parts = [f"{self._finished}/{self._target} trials"]
+        for live in self._live:
+            if live.state.state == "training":
+                told = [f"{name} {value}" for name, value in _fields(live).items()]
+                parts.append(f"trial {live.number} training: {', '.join(told) or 'starting'}")
+            elif live.state.state == "trained":
+                parts.append(f"trial {live.number} scoring: {live.scores.recorded}/{live.scores.seen}")
+        left = self._study_seconds_left()
+        return [*parts, f"about {duration(left)} left"] if left else parts
+
+
+def _fields(live: LiveTrial) -> dict[str, Any]:
+    """Return what a training said last, as fields of a log line."""
+    progress = live.progress
+    if progress is None:
+        return {}
+    epochs = live.params.max_train_epochs
+    known: dict[str, Any] = {
+        "epoch": progress.epoch if epochs is None else f"{progress.epoch}/{epochs}",
+        "step": f"{progress.step}/{progress.steps}",
+        "loss": progress.loss,
+        "s_per_step": progress.seconds_per_step,
+        "eta": None if progress.eta_s is None else duration(progress.eta_s),
+    }
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def _seconds(start: datetime | None, end: datetime | None) -> float:
+    return (end - start).total_seconds() if start is not None and end is not None else 0.0

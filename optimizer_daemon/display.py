@@ -1,0 +1,46 @@
+"""The live line of a terminal; where stdout is none, the log's lines have to do."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TextIO
+
+
+class LiveLine:
+    """One line that is drawn over again; the log's lines scroll by above it.
+
+    Args:
+        stream: where to draw; nothing is drawn unless it is a terminal.
+    """
+
+    def __init__(self, stream: TextIO = sys.stdout) -> None:
+        self._stream = stream
+        self._on = stream.isatty()
+        self._drawn = False
+
+    def clear(self) -> None:
+        """Take the line away, so that others can be printed."""
+        if self._drawn:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
+            self._drawn = False
+
+    def draw(self, parts: Sequence[str]) -> None:
+        """Draw the line, cut to the terminal's width."""
+        if self._on and parts:
+            width = os.get_terminal_size(self._stream.fileno()).columns
+            self._stream.write("\r\x1b[K" + "  ".join(parts)[: width - 1])
+            self._stream.flush()
+            self._drawn = True
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as people read them: 42 s, 7:05, 3:07:05."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,165 @@
+"""Images as latents, encoded once for all trainings.
+
+The cache has one file per (VAE, image, size, flip):
+
+    <cache>/<first 16 digits of the VAE's digest>/<image digest>-<resized>-<bucket>[-flipped].safetensors
+
+Digests are of contents, so an edited image or another VAE is another file, and trainings may share the folder and fill
+it at the same time: each file appears whole, and its content does not depend on who wrote it. What is frozen is one
+sample of the VAE's posterior, drawn with a seed taken from the file's own name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from optimizer_daemon.lora_training.base_model import BaseModel
+from optimizer_daemon.lora_training.buckets import Fit
+from optimizer_daemon.lora_training.dataset import Batch, TrainingImage
+from optimizer_daemon.lora_training.models import Hardware, load_vae
+from shared.errors import DiskError, UserError
+from shared.files import write_bytes
+from shared.planning import digest_model
+
+_LATENT = "latent"
+
+
+class Latents:
+    """Every training image as a scaled latent, on the training device.
+
+    Args:
+        tensors: by `latent_name`, each (channels, height, width) in latent pixels.
+        encoded: how many were not in the cache.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], encoded: int) -> None:
+        self._tensors = tensors
+        self.encoded = encoded
+
+    @property
+    def cached(self) -> int:
+        """How many were in the cache."""
+        return len(self._tensors) - self.encoded
+
+    def of(self, batch: Batch) -> Tensor:
+        """Return (batch, channels, height, width)."""
+        return torch.stack([self._tensors[latent_name(draw.image, flipped=draw.flipped)] for draw in batch])
+
+
+def default_cache_dir() -> Path:
+    """Return where latents are kept when the configuration names no folder."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return Path(home or Path.home() / ".cache") / "lora-tuner" / "latents"
+
+
+def load_latents(
+    images: Sequence[TrainingImage],
+    base: BaseModel,
+    hardware: Hardware,
+    cache_dir: Path,
+    check_stop: Callable[[], None],
+) -> Latents:
+    """Return the latents of all images; the VAE is loaded only when one of them is not in the cache.
+
+    Args:
+        images: the training images; with flip_aug each is encoded a second time, mirrored.
+        base: the base model; its VAE's digest is part of the key.
+        hardware: where they go.
+        cache_dir: made when missing.
+        check_stop: called between two images; may raise.
+    Raises:
+        UserError: an image cannot be decoded, or its latent is not finite.
+        DiskError: the cache cannot be written.
+    """
+    folder = cache_dir / digest_model(base.folder / "vae", setting="pretrained_model_name_or_path")[:16]
+    _make(folder)
+    vae: AutoencoderKL | None = None
+    tensors: dict[str, Tensor] = {}
+    encoded = 0
+    for image in images:
+        for flipped in (False, True) if image.subset.flip_aug else (False,):
+            name = latent_name(image, flipped=flipped)
+            if name in tensors:
+                continue
+            latent = _read(folder / name)
+            if latent is None:
+                check_stop()
+                vae = vae or load_vae(base, hardware)
+                latent = encode(vae, image, flipped=flipped)
+                write_bytes(folder / name, to_bytes({_LATENT: latent}))
+                encoded += 1
+            tensors[name] = (latent * base.latent_scale).to(hardware.device)
+    return Latents(tensors, encoded)
+
+
+def latent_name(image: TrainingImage, *, flipped: bool) -> str:
+    """Return the cache's file name, e.g. <digest>-600x512-512x512-flipped.safetensors."""
+    sizes = "-".join(f"{width}x{height}" for width, height in (image.fit.resized, image.fit.bucket))
+    return f"{image.sha256}-{sizes}{'-flipped' if flipped else ''}.safetensors"
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, image: TrainingImage, *, flipped: bool) -> Tensor:
+    """Return the frozen, unscaled latent (channels, height, width), float32 on the CPU.
+
+    Raises:
+        UserError: the image cannot be decoded, or its latent is not finite.
+    """
+    pixels = read_pixels(image.path, image.fit)
+    if flipped:
+        pixels = pixels.flip(-1)
+    seed = int.from_bytes(hashlib.sha256(latent_name(image, flipped=flipped).encode()).digest()[:8], "big") >> 1
+    posterior = vae.encode(pixels[None].to(vae.device)).latent_dist
+    latent: Tensor = posterior.sample(torch.Generator().manual_seed(seed))[0].float().cpu()
+    if not latent.isfinite().all():
+        raise UserError(f"{image.path}: the base model's VAE makes no finite latent of it; check the VAE and the image")
+    return latent.contiguous()
+
+
+def read_pixels(path: Path, fit: Fit) -> Tensor:
+    """Return the image at its training size, (3, height, width), float32 in [-1, 1].
+
+    Shrinking averages areas, enlarging uses Lanczos, as sd-scripts does; the crop is central.
+
+    Raises:
+        UserError: the file cannot be decoded.
+    """
+    try:
+        with Image.open(path) as opened:
+            picture = opened.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} could not be decoded ({error}); mend or remove it") from error
+    if picture.size != fit.resized:
+        shrinks = picture.width >= fit.resized[0] and picture.height >= fit.resized[1]
+        picture = picture.resize(fit.resized, Image.Resampling.BOX if shrinks else Image.Resampling.LANCZOS)
+    left, top = ((resized - side) // 2 for resized, side in zip(fit.resized, fit.bucket, strict=True))
+    picture = picture.crop((left, top, left + fit.bucket[0], top + fit.bucket[1]))
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
+
+
+def _read(path: Path) -> Tensor | None:
+    """Return a cached latent; None when there is none, or a damaged one, which is then written again."""
+    try:
+        latent = parse_tensors(path.read_bytes())[_LATENT]
+    except (FileNotFoundError, SafetensorError, KeyError):
+        return None
+    return latent if latent.isfinite().all() else None
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DiskError(folder, error) from error

@@ -1,0 +1,140 @@
+"""The networks, the optimizer, and one step of training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optimizer_daemon.lora_training.base_model import BaseModel
+from optimizer_daemon.lora_training.config import TrainConfig
+from optimizer_daemon.lora_training.dataset import Batch
+from optimizer_daemon.lora_training.latents import Latents
+from optimizer_daemon.lora_training.lora import LoraNetwork
+from optimizer_daemon.lora_training.losses import NoiseSchedule, denoising_loss, draw_noise, min_snr_weight
+from optimizer_daemon.lora_training.models import (
+    Hardware,
+    load_noise_scheduler,
+    load_text_encoder,
+    load_tokenizer,
+    load_unet,
+)
+from optimizer_daemon.lora_training.optimizers import create_lr_scheduler, create_optimizer
+from optimizer_daemon.lora_training.state import Position, Randomness, TrainingState
+from optimizer_daemon.lora_training.text import TextConditioning
+
+
+class Learner:
+    """A LoRA in training.
+
+    Args:
+        config: what it is told.
+        base: the base model.
+        hardware: where it runs.
+        latents: the images.
+        total_steps: optimizer steps of the whole training, for the learning rates' course.
+    """
+
+    def __init__(
+        self, config: TrainConfig, base: BaseModel, hardware: Hardware, latents: Latents, total_steps: int
+    ) -> None:
+        self.hardware = hardware
+        self.predicts_velocity = (
+            base.predicts_velocity if config.v_parameterization is None else config.v_parameterization
+        )
+        self._config = config
+        self._latents = latents
+        self._unet = load_unet(base, hardware)
+        encoder = load_text_encoder(base, hardware)
+        self._text = TextConditioning(
+            load_tokenizer(base), encoder, config.clip_skip, trained=config.trains_text_encoder
+        )
+        self._schedule = NoiseSchedule.of(load_noise_scheduler(base).alphas_cumprod, hardware.device)
+        torch.manual_seed(config.seed)  # whatever was loaded or encoded before
+        self.network = LoraNetwork(
+            self._unet if config.trains_unet else None,
+            encoder if config.trains_text_encoder else None,
+            rank=config.network_dim,
+            alpha=config.network_alpha,
+            dropout=config.network_dropout,
+        ).to(hardware.device)
+        if config.gradient_checkpointing:
+            _save_memory(self._unet, encoder if config.trains_text_encoder else None)
+        self.torch_optimizer = create_optimizer(config, self.network)
+        self._optimizer = self.torch_optimizer.optimizer
+        self._lr_scheduler = create_lr_scheduler(config, self._optimizer, total_steps)
+        self._scaler = torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
+        self._weights = list(self.network.parameters())
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the loss of a batch with fresh noise at random times; a scalar, float32."""
+        clean = self._latents.of(batch)
+        noise = draw_noise(clean, self._config.noise_offset)
+        times = torch.randint(0, self._schedule.steps, (len(batch),)).to(clean.device)
+        noisy = self._schedule.noisy(clean, noise, times)
+        with self.hardware.autocast():
+            conditioning = self._text.of([draw.caption for draw in batch])
+            predicted = self._unet(noisy, times, conditioning, return_dict=False)[0]
+        target = self._schedule.velocity(clean, noise, times) if self.predicts_velocity else noise
+        return denoising_loss(predicted, target, self._weights_of_samples(times))
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a batch that is one of `gradient_accumulation_steps`."""
+        self._scaler.scale(loss / self._config.gradient_accumulation_steps).backward()
+
+    def update(self) -> None:
+        """Make one optimizer step of the gradients so far; the learning rates move on with it."""
+        if self._config.max_grad_norm > 0:
+            self._scaler.unscale_(self._optimizer)
+            nn.utils.clip_grad_norm_(self._weights, self._config.max_grad_norm)
+        scale_before = self._scaler.get_scale()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        if self._scaler.get_scale() >= scale_before:  # smaller when fp16 overflowed and the step was left out
+            self._lr_scheduler.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def rates(self) -> list[float]:
+        """Learning rate of each group for the next step."""
+        return [float(rate) for rate in self._lr_scheduler.get_last_lr()]
+
+    def state(
+        self, position: Position, randomness: Randomness, losses: Sequence[float], identity: Mapping[str, Any]
+    ) -> TrainingState:
+        """Return the state between two optimizer steps."""
+        return TrainingState(
+            position=position,
+            randomness=randomness,
+            network=self.network.state_dict(),
+            optimizer=self._optimizer.state_dict(),
+            lr_scheduler=self._lr_scheduler.state_dict(),
+            scaler=self._scaler.state_dict(),
+            losses=tuple(losses),
+            identity=identity,
+        )
+
+    def restore(self, state: TrainingState) -> None:
+        """Become what `state` was."""
+        self.network.load_state_dict(state.network)
+        self._optimizer.load_state_dict(dict(state.optimizer))
+        self._lr_scheduler.load_state_dict(dict(state.lr_scheduler))
+        self._scaler.load_state_dict(dict(state.scaler))
+        state.randomness.restore(self.hardware.device)
+
+    def _weights_of_samples(self, times: Tensor) -> Tensor | None:
+        gamma = self._config.min_snr_gamma
+        if gamma is None:
+            return None
+        return min_snr_weight(self._schedule.snr(times), gamma, predicts_velocity=self.predicts_velocity)
+
+
+def _save_memory(unet: Any, trained_encoder: Any | None) -> None:
+    unet.enable_gradient_checkpointing()
+    if trained_encoder is not None:
+        # transformers renamed it within version 5
+        old = trained_encoder.gradient_checkpointing_enable
+        getattr(trained_encoder, "activation_checkpointing_enable", old)({"use_reentrant": False})
+        trained_encoder.train()  # transformers checkpoints in training mode only; CLIP's dropout is 0

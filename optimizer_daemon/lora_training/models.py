@@ -1,0 +1,113 @@
+"""Loading the parts of a base model, offline, with one clear error when a part is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from safetensors import SafetensorError
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from optimizer_daemon.lora_training.base_model import BaseModel
+from optimizer_daemon.lora_training.config import TrainConfig
+from shared.errors import ResourceError, UserError
+from shared.planning import resolve_device
+
+T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where and in which number format the frozen weights are kept.
+
+    Args:
+        device: of everything.
+        dtype: of the frozen weights; other than float32 it is also what autocast computes in.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def precision(self) -> str:
+        """The name kohya's metadata has for it."""
+        return {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.dtype]
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context the forward pass runs in."""
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+
+
+def choose_hardware(config: TrainConfig) -> Hardware:
+    """Return what `device` and `mixed_precision` mean on this machine.
+
+    Raises:
+        ResourceError: CUDA is asked for and there is none.
+        UserError: half precision is asked for on a CPU.
+    """
+    device = torch.device(resolve_device(config.device))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ResourceError(f"device {config.device!r}: torch {torch.__version__} sees no CUDA GPU; use device = 'cpu'")
+    precision = config.mixed_precision
+    if device.type == "cpu":
+        if precision in ("fp16", "bf16"):
+            raise UserError(f"mixed_precision: {precision!r} needs a GPU; use 'auto' or 'no' on a CPU")
+        return Hardware(device, torch.float32)
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return Hardware(device, {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision])
+
+
+def load_unet(base: BaseModel, hardware: Hardware) -> UNet2DConditionModel:
+    """Return the frozen UNet; its convolutions are faster in channels_last, on CPUs and GPUs alike."""
+    unet = _from_folder(UNet2DConditionModel.from_pretrained, base.folder / "unet")
+    return _frozen(unet, hardware.device, hardware.dtype).to(memory_format=torch.channels_last)
+
+
+def load_vae(base: BaseModel, hardware: Hardware) -> AutoencoderKL:
+    """Return the frozen VAE, in float32: its latents are made once for all trainings, and fp16 may overflow."""
+    vae = _from_folder(AutoencoderKL.from_pretrained, base.folder / "vae")
+    return _frozen(vae, hardware.device, torch.float32)
+
+
+def load_text_encoder(base: BaseModel, hardware: Hardware) -> CLIPTextModel:
+    """Return the frozen text encoder."""
+    encoder = _from_folder(CLIPTextModel.from_pretrained, base.folder / "text_encoder")
+    return _frozen(encoder, hardware.device, hardware.dtype)
+
+
+def load_tokenizer(base: BaseModel) -> CLIPTokenizer:
+    """Return the tokenizer."""
+    return _from_folder(CLIPTokenizer.from_pretrained, base.folder / "tokenizer")
+
+
+def load_noise_scheduler(base: BaseModel) -> DDPMScheduler:
+    """Return the forward process the base model was trained with."""
+    return _from_folder(DDPMScheduler.from_pretrained, base.folder / "scheduler")
+
+
+def _frozen(module: M, device: torch.device, dtype: torch.dtype) -> M:
+    """Move the module, and take gradients, dropout and batch statistics from it."""
+    nn.Module.to(
+        module, device, dtype
+    )  # not diffusers' own, which warns of modules to keep in float32 if there are none
+    return module.requires_grad_(False).eval()
+
+
+def _from_folder(load: Callable[..., T], folder: Path) -> T:
+    transformers_logging.disable_progress_bar()
+    only_half = not any(folder.glob("*model.safetensors*")) and any(folder.glob("*.fp16.safetensors"))
+    try:
+        return load(folder, local_files_only=True, **({"variant": "fp16"} if only_half else {}))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(f"{folder}: could not be loaded ({error}); copy that part of the base model again") from error

@@ -1,0 +1,173 @@
+"""One training, from the first latent to the final checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from optimizer_daemon.lora_training.base_model import BaseModel
+from optimizer_daemon.lora_training.config import TrainConfig
+from optimizer_daemon.lora_training.dataset import Batch, TrainingData
+from optimizer_daemon.lora_training.latents import default_cache_dir, load_latents
+from optimizer_daemon.lora_training.learner import Learner
+from optimizer_daemon.lora_training.models import Hardware, choose_hardware
+from optimizer_daemon.lora_training.optimizers import warmup_steps
+from optimizer_daemon.lora_training.reporting import Reporter
+from optimizer_daemon.lora_training.saving import Facts, checkpoint_path, is_due, save_checkpoint, training_metadata
+from optimizer_daemon.lora_training.state import Position, Randomness, load_state, remove_state, save_state
+from optimizer_daemon.lora_training.stopping import StopWish
+from optimizer_daemon.lora_training.toml_file import line_of_key
+from optimizer_daemon.trainers.diagnosis import memory_remedies, memory_that_ran_out
+from shared.errors import ResourceError, Stopped
+
+
+def train(config: TrainConfig, data: TrainingData, base: BaseModel, wish: StopWish) -> None:
+    """Train and leave the checkpoints; on a stop leave the state to go on from.
+
+    Raises:
+        Stopped: a signal asked for it; the state is saved.
+        UserError: a setting turned out to be unusable, or the loss or the weights are not finite.
+        ResourceError: memory or the GPU is missing, or the disk failed.
+        UnreadableFileError, StudyMismatchError: there is a state that cannot be gone on from.
+    """
+    try:
+        _train(config, data, base, wish)
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        memory = memory_that_ran_out(f"{type(error).__name__}: {error}")
+        if memory is None:
+            raise
+        raise ResourceError(f"out of {memory} memory: {_remedies(config, data, memory)}") from error
+
+
+def _train(config: TrainConfig, data: TrainingData, base: BaseModel, wish: StopWish) -> None:
+    hardware = _set_up_torch(config)
+    steps_per_epoch = -(-data.batches_per_epoch // config.gradient_accumulation_steps)
+    total_steps = steps_per_epoch * config.max_train_epochs
+    cache = config.latent_cache_dir or default_cache_dir()
+    latents = load_latents(data.images, base, hardware, cache, wish.check)
+    print(f"latents: {latents.cached} from the cache, {latents.encoded} encoded", flush=True)
+    learner = Learner(config, base, hardware, latents, total_steps)
+    identity = {**config.weight_deciding(), "training data": data.digest()}
+    start, losses = _resumed(config, learner, identity)
+    facts = Facts(learner.torch_optimizer.description, hardware.precision, learner.predicts_velocity, total_steps)
+    metadata = training_metadata(config, data, base, facts)
+    _introduce(config, data, learner, total_steps)
+    with Reporter(
+        epochs=config.max_train_epochs,
+        total_steps=total_steps,
+        start=start,
+        losses=losses,
+        logging_dir=config.logging_dir,
+        groups=learner.torch_optimizer.groups,
+    ) as reporter:
+        _Course(config, data, learner, reporter, identity, metadata).run(start, steps_per_epoch, wish)
+    remove_state(config.state_folder)
+
+
+@dataclass(frozen=True)
+class _Course:
+    """A training that is ready to go."""
+
+    config: TrainConfig
+    data: TrainingData
+    learner: Learner
+    reporter: Reporter
+    identity: Mapping[str, Any]
+    metadata: Mapping[str, str]
+
+    def run(self, position: Position, steps_per_epoch: int, wish: StopWish) -> None:
+        """Train from `position` to the end."""
+        config, learner, reporter = self.config, self.learner, self.reporter
+        every, device = config.gradient_accumulation_steps, learner.hardware.device
+        randomness = Randomness.capture(device)
+        try:
+            for epoch in range(position.epoch, config.max_train_epochs + 1):
+                reporter.begin_epoch(epoch)
+                batches = self.data.epoch_batches(config.seed, epoch)
+                for index in range(position.step_in_epoch, steps_per_epoch):
+                    places = range(index * every, min((index + 1) * every, len(batches)))
+                    losses = [_add_gradients(learner, batches[place], wish) for place in places]
+                    learner.update()
+                    position = Position(epoch, index + 1, position.step + 1)
+                    randomness = Randomness.capture(device)
+                    reporter.step(position.step, places, losses, learner.rates)
+                position = Position(epoch + 1, 0, position.step)
+                reporter.end_epoch(epoch)
+                if is_due(config, epoch):
+                    self._save_weights(epoch, position.step)
+                    if epoch < config.max_train_epochs:
+                        self._save_state(position, randomness)
+        except Stopped:
+            # Batches of an unfinished step count as not seen: their gradients go, their random numbers come again.
+            reporter.catch_up()
+            self._save_state(position, randomness)
+            print(f"\nstate saved after step {position.step}: {config.state_folder}", flush=True)
+            raise
+
+    def _save_weights(self, epoch: int, step: int) -> None:
+        path, precision = checkpoint_path(self.config, epoch), self.config.save_precision
+        self.reporter.saving(path)
+        save_checkpoint(path, self.learner.network, self.metadata, epoch=epoch, step=step, precision=precision)
+
+    def _save_state(self, position: Position, randomness: Randomness) -> None:
+        state = self.learner.state(position, randomness, self.reporter.mean.losses, self.identity)
+        save_state(self.config.state_folder, state)
+
+
+def _add_gradients(learner: Learner, batch: Batch, wish: StopWish) -> torch.Tensor:
+    """Return the loss of a batch whose gradients were added, still on its device."""
+    wish.check()
+    loss = learner.loss(batch)
+    learner.backward(loss)
+    return loss.detach()
+
+
+def _set_up_torch(config: TrainConfig) -> Hardware:
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it; nothing changes on a CPU
+    return choose_hardware(config)
+
+
+def _resumed(config: TrainConfig, learner: Learner, identity: Mapping[str, Any]) -> tuple[Position, tuple[float, ...]]:
+    """Return where to begin, with the losses so far; the learner is brought to that point."""
+    state = load_state(config.state_folder, identity) if config.resume else None
+    if state is None:
+        return Position(), ()
+    learner.restore(state)
+    print(f"resuming after step {state.position.step}, in epoch {state.position.epoch}", flush=True)
+    return state.position, state.losses
+
+
+def _introduce(config: TrainConfig, data: TrainingData, learner: Learner, total_steps: int) -> None:
+    sizes = ", ".join(str(images.plan.dataset.batch_size) for images in data.sets)
+    network, hardware = learner.network, learner.hardware
+    print(
+        "running training\n"
+        f"  num train images * repeats: {data.num_train_images}\n"
+        f"  num batches per epoch: {data.batches_per_epoch}\n"
+        f"  num epochs: {config.max_train_epochs}\n"
+        f"  batch size per device: {sizes}\n"
+        f"  gradient accumulation steps = {config.gradient_accumulation_steps}\n"
+        f"  total optimization steps: {total_steps}\n"
+        f"  LoRA modules: {len(network.text_encoder_names)} text encoder, {len(network.unet_names)} UNet, "
+        f"rank {config.network_dim}, alpha {config.network_alpha:g}\n"
+        f"  optimizer: {learner.torch_optimizer.description}\n"
+        f"  device: {hardware.device}, mixed precision {hardware.precision}, {torch.get_num_threads()} CPU threads",
+        flush=True,
+    )
+    if (warmup := warmup_steps(config, total_steps)) >= total_steps:
+        print(f"  warning: the warm-up of {warmup} steps is never over; lower lr_warmup_steps", flush=True)
+
+
+def _remedies(config: TrainConfig, data: TrainingData, memory: str) -> str:
+    line = line_of_key(data.path, "batch_size")
+    return memory_remedies(
+        gpu=memory == "GPU",
+        batch_size=f"batch_size in {data.path} (line {line})" if line else "train_batch_size to 1",
+        gradient_checkpointing=config.gradient_checkpointing,
+        network_dim=config.network_dim,
+    )

@@ -1,0 +1,174 @@
+"""What a study found: results/ and each trial's evaluation/, rebuilt from the trials' own files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+from optimizer_daemon.scores import FinalScore
+from shared.errors import UnreadableFileError
+from shared.files import read_model, write_bytes, write_model, write_text
+from shared.layout import StudyLayout, TrialLayout
+from shared.schemas import AllTrials, BestParameters, Metrics, TrialParams, TrialResult, TrialState
+
+DIRECTION: Final = "minimise"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A band one figure of a style should reach.
+
+    Args:
+        figure: as people call it.
+        metric: its metric.
+        of_spread: the band is about the standard deviation over the images, not the mean.
+        low: lower end, included.
+        high: upper end, included.
+    """
+
+    figure: str
+    metric: str
+    of_spread: bool
+    low: float
+    high: float
+
+    def verdict(self, metrics: Metrics) -> str:
+        """Return one line: reached, or missed by how much."""
+        metric = metrics.metrics.get(self.metric)
+        value = None if metric is None else metric.std if self.of_spread else metric.value
+        band = f"{self.low:.2f}-{self.high:.2f}"
+        if value is None:
+            return f"{self.figure:16} unknown   (goal {band})"
+        miss = max(self.low - value, value - self.high, 0.0)
+        return f"{self.figure:16} {value:.4f}    (goal {band}: {f'missed by {miss:.4f}' if miss else 'reached'})"
+
+
+GOALS = (
+    Goal("brightness", "brightness", of_spread=False, low=0.45, high=0.55),
+    Goal("contrast", "contrast", of_spread=False, low=0.18, high=0.22),
+    Goal("brightness_std", "brightness", of_spread=True, low=0.0, high=0.05),
+    Goal("contrast_std", "contrast", of_spread=True, low=0.0, high=0.02),
+)
+
+
+def publish_final(trial: TrialLayout, final: FinalScore) -> None:
+    """Copy the deciding evaluation to the trial's evaluation/ and say in words what it means."""
+    target = trial.final_evaluation
+    target.folder.mkdir(exist_ok=True)
+    for sample in final.metrics.samples:
+        write_bytes(target.folder / Path(sample.file).name, (final.render.folder / Path(sample.file).name).read_bytes())
+    if final.render.grid.exists():
+        write_bytes(target.grid, final.render.grid.read_bytes())
+    write_text(target.text_summary, summary_text(final.metrics))
+    # Last: whoever finds it finds the rest too.
+    write_bytes(target.metrics, final.render.metrics.read_bytes())
+
+
+def summary_text(metrics: Metrics) -> str:
+    """Return EVALUATION_SUMMARY.txt: scores, goals, gate, prompts."""
+    epoch = "unknown" if metrics.epoch is None else metrics.epoch
+    lines = [f"{metrics.trial_name}  {metrics.checkpoint}  epoch {epoch}", f"evaluated {metrics.evaluation_time}", ""]
+    lines += ["Scores"]
+    for name, score in sorted(metrics.scores.items()):
+        better = "lower" if score.direction == "minimise" else "higher"
+        value = "not computed" if score.value is None else f"{score.value:.4f}"
+        lacking = f"; without {', '.join(score.left_out)}" if score.left_out else ""
+        lines.append(f"  {name:20} {value}  ({better} is better{lacking})")
+    lines += ["", "Goals", *(f"  {goal.verdict(metrics)}" for goal in GOALS)]
+    lines += ["", f"Gate: {'passed' if metrics.gate.feasible else 'FAILED, this checkpoint cannot win'}"]
+    for name, check in sorted(metrics.gate.checks.items()):
+        verdict = {True: "passed", False: "failed", None: "not checked"}[check.passed]
+        lines.append(f"  {name:20} {verdict}{f': {check.reason}' if check.reason else ''}")
+    lines += ["", "Pictures"]
+    lines += [f"  {sample.file}  seed {sample.seed}  {sample.prompt}" for sample in metrics.samples]
+    return "\n".join(lines) + "\n"
+
+
+def all_trials(study: StudyLayout, study_name: str, objective: str, now: datetime) -> AllTrials:
+    """Collect every trial from its own files; one whose files are not there yet, or damaged, is left out."""
+    results = []
+    for trial in study.list_trials():
+        try:
+            params, state = read_model(trial.params, TrialParams), read_model(trial.state, TrialState)
+        except (FileNotFoundError, UnreadableFileError):
+            continue
+        results.append(
+            TrialResult(
+                trial=state.trial,
+                optuna_number=state.optuna_number,
+                state=state.state,
+                reason=state.reason,
+                value=state.value,
+                feasible=state.feasible,
+                parameters=params.parameters,
+                derived=params.derived,
+                curve=state.curve,
+                finalist_of=state.finalist_of,
+                started=state.started,
+                ended=state.ended,
+            )
+        )
+    return AllTrials(
+        study_name=study_name, updated=now, objective=objective, direction=DIRECTION, trials=tuple(results)
+    )
+
+
+def trials_of_stage(study: StudyLayout, stage: str | None) -> set[int]:
+    """Return the numbers of the trials that were drawn in a stage; None is the stage of those without --max-epochs."""
+    numbers = set()
+    for trial in study.list_trials():
+        try:
+            params = read_model(trial.params, TrialParams)
+        except (FileNotFoundError, UnreadableFileError):
+            continue
+        if params.stage == stage:
+            numbers.add(params.trial)
+    return numbers
+
+
+def ranked(trials: AllTrials) -> list[TrialResult]:
+    """Return the complete trials, the best first; those that failed their gate come last and never win."""
+    complete = [trial for trial in trials.trials if trial.state == "complete" and trial.value is not None]
+    return sorted(complete, key=lambda trial: (trial.feasible is False, trial.value, trial.trial))
+
+
+def winner(trials: AllTrials) -> TrialResult | None:
+    """Return the best trial that passed its gate."""
+    best = next(iter(ranked(trials)), None)
+    return best if best is not None and best.feasible is not False else None
+
+
+def write_results(study: StudyLayout, trials: AllTrials) -> None:
+    """Write all_trials.json and, once there is a winner, best_parameters.json."""
+    study.results.folder.mkdir(exist_ok=True)
+    write_model(study.results.all_trials, trials)
+    best = winner(trials)
+    if best is not None and best.value is not None:
+        trial = study.trial(best.trial)
+        decided_by = _decided_by(trial)
+        write_model(
+            study.results.best_parameters,
+            BestParameters(
+                study_name=trials.study_name,
+                updated=trials.updated,
+                trial=best.trial,
+                optuna_number=best.optuna_number,
+                objective=trials.objective,
+                direction=trials.direction,
+                value=best.value,
+                checkpoint=trial.final_checkpoint.relative_to(study.root).as_posix(),
+                checkpoint_sha256=None if decided_by is None else decided_by.checkpoint_sha256,
+                epoch=None if decided_by is None else decided_by.epoch,
+                parameters=best.parameters,
+                derived=best.derived,
+            ),
+        )
+
+
+def _decided_by(trial: TrialLayout) -> Metrics | None:
+    try:
+        return read_model(trial.final_evaluation.metrics, Metrics)
+    except (FileNotFoundError, UnreadableFileError):
+        return None

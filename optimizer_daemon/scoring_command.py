@@ -1,0 +1,114 @@
+"""Scores a trial where no evaluator manager lives, by the very command that a manager would start for it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import IO
+
+from shared.errors import ResourceError
+from shared.layout import TrialLayout
+from shared.logs import log_change
+from shared.process import ProcessIdentity, child_environment, spawn, stop
+
+EVALUATOR = (sys.executable, "-m", "evaluator_daemon.cli")
+
+MOST_FAILURES = 3  # in a row
+FIRST_PAUSE_S = 5.0  # after a failure, doubled by each further one
+
+_TERM_TIMEOUT_S, _KILL_TIMEOUT_S = 15.0, 5.0
+_QUOTED_BYTES = 2000
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Running:
+    trial: TrialLayout
+    process: subprocess.Popen[bytes]
+    output: IO[bytes]
+
+
+class ScoringCommand:
+    """At most one scoring at a time.
+
+    Args:
+        command: the evaluator's program, before its verb.
+        device: where it renders.
+        threads: CPU threads it may use.
+        clock: monotonic time in seconds.
+    """
+
+    def __init__(self, command: Sequence[str], device: str, threads: int, clock: Callable[[], float]) -> None:
+        self._command = tuple(command)
+        self._device = device
+        self._threads = threads
+        self._clock = clock
+        self._running: _Running | None = None
+        self._failures = 0
+        self._not_before = 0.0
+
+    @property
+    def scored_now(self) -> TrialLayout | None:
+        """The trial in hand."""
+        return self._running.trial if self._running is not None else None
+
+    @property
+    def ready(self) -> bool:
+        """Whether `start` may be called: nothing runs, and the pause after a failure is over."""
+        return self._running is None and self._clock() >= self._not_before
+
+    def start(self, trial: TrialLayout) -> None:
+        """Begin to score a trial's checkpoints. Main thread only."""
+        output = tempfile.TemporaryFile()  # noqa: SIM115  closed by `poll` or `stop`
+        argv = [*self._command, "evaluate", "--trial", str(trial.folder), "--device", self._device]
+        environment = {**child_environment(), "OMP_NUM_THREADS": str(self._threads), "PYTHONUNBUFFERED": "1"}
+        self._running = _Running(trial, spawn(argv, env=environment, stdout=output, stderr=output), output)
+        log_change(_log, "scoring started", trial=trial.number, by="evaluator-daemon evaluate")
+
+    def poll(self) -> None:
+        """Collect a command that has ended.
+
+        Raises:
+            ResourceError: it failed three times in a row.
+        """
+        if self._running is None or (code := self._running.process.poll()) is None:
+            return
+        running, self._running = self._running, None
+        with running.output:
+            said = _tail(running.output)
+        if code == 0:
+            self._failures = 0
+            return
+        self._failures += 1
+        self._not_before = self._clock() + FIRST_PAUSE_S * 2 ** (self._failures - 1)
+        log_change(
+            _log, "scoring failed", level=logging.WARNING, trial=running.trial.number, exit=code, said=said[-300:]
+        )
+        if self._failures >= MOST_FAILURES:
+            raise ResourceError(
+                f"scoring {running.trial.name} failed {self._failures} times in a row (exit status {code}); see "
+                f"{running.trial.evaluation_log}; it said: {said}"
+            )
+
+    def stop(self) -> None:
+        """End the scoring in hand; what it has recorded counts, and the rest is scored at the next start."""
+        if self._running is None:
+            return
+        running, self._running = self._running, None
+        stop(ProcessIdentity.of(running.process.pid), term_timeout_s=_TERM_TIMEOUT_S, kill_timeout_s=_KILL_TIMEOUT_S)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            running.process.wait(timeout=_KILL_TIMEOUT_S)
+        running.output.close()
+
+
+def _tail(output: IO[bytes]) -> str:
+    end = output.seek(0, os.SEEK_END)
+    output.seek(max(0, end - _QUOTED_BYTES))
+    return " | ".join(output.read().decode(errors="replace").split("\n")).strip(" |") or "nothing"

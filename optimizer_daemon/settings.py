@@ -1,0 +1,59 @@
+"""What the optimizer daemon can be told."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
+
+from optimizer_daemon.search.load import preset_names
+from shared.settings import DaemonSettings, load_settings
+
+
+class OptimizerSettings(DaemonSettings):
+    """Flags, `[optimizer]` in the study file, or OPTIMIZER_DAEMON_* variables."""
+
+    table: ClassVar[str] = "optimizer"
+
+    dataset_config: Path | None = Field(None, description="training data set, a kohya dataset TOML file")
+    base_model: Path | None = Field(None, description="Stable Diffusion base model, a diffusers folder")
+    clip_model: Path | None = Field(
+        None, description="CLIP model folder for the prompt check of every checkpoint (default: not checked)"
+    )
+    output_dir: Path | None = Field(None, description="study folder; everything is written below it")
+    study_name: str = Field("lora_study", min_length=1, description="name of the study; the same name continues it")
+    storage: str | None = Field(None, description="Optuna storage URL (default: SQLite in the study folder)")
+    n_trials: int = Field(30, ge=1, description="finished trials to reach, counted over all runs of the stage")
+    max_epochs: int | None = Field(None, ge=1, description="train every trial for exactly this many epochs")
+    timeout: float | None = Field(None, gt=0, description="seconds after which this run starts no new trial")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    search_space: str = Field("v2.1", description="a preset (v1, v2.1) or a TOML file")
+    trainer: str = Field(
+        "native", min_length=1, description="who trains: native, or one of your own as module:attribute"
+    )
+    seed: int = Field(42, ge=0, description="seed of the search and of every trial's draw")
+    save_every_n_epochs: int = Field(2, ge=1, description="epochs between two checkpoints")
+    num_samples: int = Field(8, ge=1, description="pictures per checkpoint")
+    prompts: Path | None = Field(
+        None, description="prompt file, one prompt a line (default: drawn from the data set's captions)"
+    )
+    cfg_scale: float = Field(7.5, ge=0, description="classifier-free guidance scale of the pictures")
+    render_steps: int = Field(20, ge=1, description="sampling steps of the pictures")
+
+
+def load_optimizer_settings(arguments: argparse.Namespace) -> OptimizerSettings:
+    """Return the effective settings; a search space file that the study file names lies beside it.
+
+    Raises:
+        SettingsError: a value will not do.
+    """
+    loaded = load_settings(OptimizerSettings, arguments)
+    settings, config = loaded.settings, arguments.config
+    name = settings.search_space
+    if name in preset_names():
+        return settings
+    beside = config is not None and loaded.origins["search_space"].startswith(str(config))
+    file = config.parent / name if beside else Path(name)
+    return settings.model_copy(update={"search_space": str(file.absolute())})

@@ -1,0 +1,15 @@
+"""Trainers: each turns a trial's parameters into the command that trains them."""
+
+from optimizer_daemon.trainers.base import TrainerPlugin
+from shared.registry import Registry
+
+TRAINERS: Registry[TrainerPlugin] = Registry(
+    "trainer",
+    TrainerPlugin,
+    {
+        "native": "optimizer_daemon.trainers.native:TRAINER",
+    },
+)
+"""Every trainer by the name that --trainer takes."""
+
+__all__ = ["TRAINERS"]

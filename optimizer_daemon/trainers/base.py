@@ -1,0 +1,78 @@
+"""What a trainer is: a pure function from a trial's parameters to a command, and a reader of what that command says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from shared.layout import TrialLayout
+from shared.schemas import Run, TrainerExit, TrialParams
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """Everything a runner needs to start one training, and to start it again from its saved state.
+
+    Args:
+        argv: the command, program first.
+        env: variables on top of the daemon's own environment.
+        files: what to write before the start, path relative to the trial's folder -> text.
+        cwd: where the command runs.
+    """
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    files: Mapping[str, str] = field(default_factory=dict)
+    cwd: Path | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one line of a training's output says about how far it is.
+
+    Args:
+        epoch: the running epoch, counted from 1; None where the line does not tell.
+        step: optimizer steps done.
+        steps: optimizer steps of the whole training.
+        loss: mean loss over about one epoch; may be NaN.
+        seconds_per_step: mean so far.
+        eta_s: seconds to the end, by the trainer's estimate.
+    """
+
+    epoch: int | None
+    step: int
+    steps: int
+    loss: float | None = None
+    seconds_per_step: float | None = None
+    eta_s: float | None = None
+
+
+class TrainerPlugin(Protocol):
+    """One way to train. A trainer never runs anything itself."""
+
+    def plan(self, params: TrialParams, trial: TrialLayout, run: Run, gpu: str | None = None) -> LaunchPlan:
+        """Return how to train `params`; equal arguments give equal plans, and no file is looked at.
+
+        Starting the same plan in a folder that holds a training state goes on from that state.
+
+        Args:
+            gpu: the GPU slot, a value for CUDA_VISIBLE_DEVICES; None leaves the choice to the environment.
+        Raises:
+            SettingsError: a parameter or setting is nothing this trainer can train with.
+        """
+        ...
+
+    def parse_progress(self, line: str) -> Progress | None:
+        """Read one line of the training's output, with or without carriage returns; None when it tells nothing."""
+        ...
+
+    def diagnose(self, record: TrainerExit | None, last_lines: Sequence[str]) -> str:
+        """Say in one line why a training failed and what helps.
+
+        Args:
+            record: how it ended; None when its supervisor was killed.
+            last_lines: the end of training.log.
+        """
+        ...

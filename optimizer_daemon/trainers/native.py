@@ -1,0 +1,120 @@
+"""The native trainer: `python -m optimizer_daemon.lora_training` on the trial's own train_config.toml."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from optimizer_daemon.lora_training.config import TrainConfig, to_toml
+from optimizer_daemon.lora_training.toml_file import closest
+from optimizer_daemon.trainers.base import LaunchPlan, Progress
+from optimizer_daemon.trainers.diagnosis import explain
+from optimizer_daemon.trainers.progress import parse_bar
+from shared.errors import SettingsError
+from shared.layout import TrialLayout
+from shared.schemas import Run, TrainerExit, TrialParams
+from shared.schemas.base import Scalar
+from shared.strict_json import first_fault
+
+TRAIN_CONFIG = "train_config.toml"
+
+_OPTIMIZER_ARGS = "optimizer_args."
+_SOURCE_ROOT = Path(__file__).resolve().parents[2]
+
+
+class NativeTrainer:
+    """Stable Diffusion 1.5 LoRA training in a process of its own."""
+
+    def plan(self, params: TrialParams, trial: TrialLayout, run: Run, gpu: str | None = None) -> LaunchPlan:
+        """Return the plan; a parameter may be any setting of train_config.toml, or `optimizer_args.<name>`.
+
+        Raises:
+            SettingsError: a parameter is no setting of this trainer, or has a value it cannot use.
+        """
+        folder = trial.folder.absolute()
+        trial = TrialLayout(folder)
+        values = _of_study(run, trial) | _of_trial(params)
+        try:
+            config = TrainConfig.model_validate(values)
+        except ValidationError as error:
+            raise SettingsError("trial parameters", first_fault(error, values), "correct the search space") from error
+        threads = str(run.threads_per_process)
+        env = {
+            "PYTHONUNBUFFERED": "1",
+            "COLUMNS": "240",
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "HF_HUB_OFFLINE": "1",
+        }
+        if gpu is not None:
+            env["CUDA_VISIBLE_DEVICES"] = gpu
+        python = run.trainer.python or "python3"
+        return LaunchPlan(
+            argv=(python, "-m", "optimizer_daemon.lora_training", "--config", str(folder / TRAIN_CONFIG)),
+            env=env,
+            files={TRAIN_CONFIG: to_toml(config)},
+            cwd=_SOURCE_ROOT,  # python -m finds the package there, installed or not; all paths are absolute
+        )
+
+    def parse_progress(self, line: str) -> Progress | None:
+        """Read the progress bar."""
+        return parse_bar(line)
+
+    def diagnose(self, record: TrainerExit | None, last_lines: Sequence[str]) -> str:
+        """Return the training's own error line, or what its end and its last lines say."""
+        return explain(record, last_lines)
+
+
+TRAINER = NativeTrainer()
+
+
+def _of_study(run: Run, trial: TrialLayout) -> dict[str, Any]:
+    """What every trial of the study has in common."""
+    clip_skip = run.plan.clip_skip if run.plan is not None else 1
+    return {
+        "pretrained_model_name_or_path": _needed(run.base_model, "--base-model", "name the base model's folder"),
+        "dataset_config": _needed(
+            run.settings.get("dataset-config"), "--dataset-config", "name the data set's TOML file"
+        ),
+        "output_dir": str(trial.folder),
+        "output_name": trial.output_name,
+        "logging_dir": str(trial.tensorboard),
+        "state_dir": str(trial.training_state),
+        "resume": True,  # from the trial's own state, where an interrupted attempt has left one
+        "save_every_n_epochs": run.settings.get("save-every-n-epochs") or 2,
+        "clip_skip": clip_skip if clip_skip > 1 else None,
+        "device": run.settings.get("device") or "auto",
+        "threads": run.threads_per_process,
+    }
+
+
+def _of_trial(params: TrialParams) -> dict[str, Any]:
+    values: dict[str, Any] = {"seed": params.training_seed}
+    optimizer_args: dict[str, Scalar] = {}
+    for name, value in params.parameters.items():
+        if name.startswith(_OPTIMIZER_ARGS):
+            optimizer_args[name.removeprefix(_OPTIMIZER_ARGS)] = value
+        elif name in TrainConfig.model_fields:
+            values[name] = value
+        elif not _has_done_its_work(name, params):
+            raise SettingsError(
+                "trial parameters",
+                name,
+                f"the native trainer has no such setting{closest(name, TrainConfig.model_fields)}; "
+                "take it out of the search space",
+            )
+    return values | ({"optimizer_args": optimizer_args} if optimizer_args else {})
+
+
+def _has_done_its_work(name: str, params: TrialParams) -> bool:
+    """Whether `name` only served to compute another parameter, as network_alpha_ratio does for network_alpha."""
+    return name.endswith("_ratio") and name.removesuffix("_ratio") in params.derived
+
+
+def _needed(value: object, flag: str, remedy: str) -> object:
+    if value is None:
+        raise SettingsError(flag, value, f"{remedy}; the native trainer cannot do without")
+    return value

@@ -1,0 +1,52 @@
+"""The progress bar that kohya's sd-scripts and our native trainer draw.
+
+    steps:  12%|█▎        | 2/16 [00:46<05:28, 23.48s/it, avr_loss=1.17, epoch=1/4]
+
+The native trainer adds the epoch; kohya announces it on a line of its own.
+"""
+
+from __future__ import annotations
+
+import re
+
+from optimizer_daemon.trainers.base import Progress
+
+_BAR = re.compile(
+    r"steps:\s+\d+%\|[^|]*\|\s*(?P<step>\d+)/(?P<steps>\d+)\s+\[[\d:]+<(?P<eta>[\d:]+|\?)"
+    r",\s*(?P<rate>[\d.]+|\?)(?P<unit>s/it|it/s)(?P<rest>[^\]\r\n]*)\]"
+)
+_LOSS = re.compile(r"avr_loss=([-+]?(?:[\d.]+(?:e[-+]?\d+)?|nan|inf))", re.IGNORECASE)
+_EPOCH = re.compile(r"epoch=(\d+)")
+
+
+def parse_bar(line: str) -> Progress | None:
+    """Read the last bar in `line`; other bars, such as those of sampling or validation, are none of ours."""
+    bars = [match for match in _BAR.finditer(line) if not line[: match.start()].endswith("validation ")]
+    if not bars:
+        return None
+    bar = bars[-1]
+    loss, epoch = _LOSS.search(bar["rest"]), _EPOCH.search(bar["rest"])
+    return Progress(
+        epoch=int(epoch[1]) if epoch else None,
+        step=int(bar["step"]),
+        steps=int(bar["steps"]),
+        loss=float(loss[1]) if loss else None,
+        seconds_per_step=_seconds_per_step(bar["rate"], bar["unit"]),
+        eta_s=_seconds(bar["eta"]),
+    )
+
+
+def _seconds_per_step(rate: str, unit: str) -> float | None:
+    if rate == "?" or float(rate) == 0.0:
+        return None
+    return float(rate) if unit == "s/it" else 1.0 / float(rate)
+
+
+def _seconds(clock: str) -> float | None:
+    """Read [H:]MM:SS."""
+    if clock == "?":
+        return None
+    seconds = 0.0
+    for part in clock.split(":"):
+        seconds = 60.0 * seconds + float(part)
+    return seconds

@@ -1,0 +1,19 @@
+"""The tiny random models, made once per test run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.evaluator_daemon.tiny_models import save_base_model, save_clip
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory) -> Path:
+    return save_base_model(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="session")
+def clip_model(tmp_path_factory) -> Path:
+    return save_clip(tmp_path_factory.mktemp("models") / "clip")

@@ -1,0 +1,125 @@
+"""The training objective in as few lines as it takes, sharing nothing with the product but its random draws.
+
+The LoRA is folded into the frozen weights, W + alpha / rank * up @ down, instead of running beside them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from PIL import Image
+from torch.func import functional_call
+from transformers import CLIPTextModel, CLIPTokenizer
+
+
+def frozen_latent(vae: AutoencoderKL, file: Path) -> torch.Tensor:
+    """Posterior sample of a 64 px image, drawn with the seed that its cache name gives."""
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    name = f"{digest}-64x64-64x64.safetensors"
+    seed = int(hashlib.sha256(name.encode()).hexdigest()[:16], 16) >> 1
+    pixels = torch.tensor(np.asarray(Image.open(file).convert("RGB")) / 255.0 * 2 - 1).permute(2, 0, 1)[None].float()
+    with torch.no_grad():
+        posterior = vae.encode(pixels).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(seed))
+    return (posterior.mean + posterior.std * noise)[0] * vae.config.scaling_factor
+
+
+def adapted(
+    module: torch.nn.Module, blocks: tuple[str, ...], rank: int
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Fresh LoRA factors by weight name, in the order of `named_modules`."""
+    found = {}
+    for outer, block in module.named_modules():
+        if type(block).__name__ in blocks:
+            for inner, layer in block.named_modules():
+                weight = getattr(layer, "weight", None)
+                if isinstance(layer, torch.nn.Linear) or (weight is not None and weight.shape[2:] == (1, 1)):
+                    down = torch.empty(rank, *weight.shape[1:])
+                    torch.nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+                    up = torch.zeros(weight.shape[0], rank, *weight.shape[2:])
+                    found[f"{outer}.{inner}.weight"] = (down.requires_grad_(), up.requires_grad_())
+    return found
+
+
+def merged(module: torch.nn.Module, factors: dict, scale: float) -> dict[str, torch.Tensor]:
+    weights = dict(module.named_parameters())
+    for name, (down, up) in factors.items():
+        change = (up.flatten(1) @ down.flatten(1)).reshape(weights[name].shape)
+        weights[name] = weights[name] + scale * change
+    return weights
+
+
+def reference_losses(
+    base: Path,
+    captions: dict[str, str],
+    images: Path,
+    *,
+    epochs: int,
+    seed: int,
+    lr: float,
+    rank: int = 4,
+    alpha: float = 1.0,
+    velocity: bool = False,
+    gamma: float | None = None,
+    offset: float | None = None,
+    accumulate: int = 1,
+    clip_skip: int = 1,
+) -> list[float]:
+    """Loss of each optimizer step: batches of two, AdamW, constant rate, clipping at 1."""
+    load = {"local_files_only": True}
+    unet = UNet2DConditionModel.from_pretrained(base / "unet", **load).eval().requires_grad_(False)
+    encoder = CLIPTextModel.from_pretrained(base / "text_encoder", **load).float().eval().requires_grad_(False)
+    tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer", **load)
+    vae = AutoencoderKL.from_pretrained(base / "vae", **load).eval()
+    scheduler = DDPMScheduler.from_pretrained(base / "scheduler", **load)
+    latents = {name: frozen_latent(vae, images / f"{name}.png") for name in captions}
+    torch.manual_seed(seed)
+    text_factors = adapted(encoder, ("CLIPAttention", "CLIPMLP"), rank)
+    unet_factors = adapted(unet, ("Transformer2DModel",), rank)
+    parameters = [p for factors in (text_factors, unet_factors) for pair in factors.values() for p in pair]
+    optimizer = torch.optim.AdamW(parameters, lr=lr)
+    losses = []
+    for epoch in range(1, epochs + 1):
+        rng = random.Random(seed + epoch)
+        order = sorted(captions)
+        rng.shuffle(order)
+        batches = [order[start : start + 2] for start in range(0, len(order), 2)]
+        rng.shuffle(batches)
+        for start in range(0, len(batches), accumulate):
+            group = batches[start : start + accumulate]
+            values = []
+            for names in group:
+                clean = torch.stack([latents[name] for name in names])
+                noise = torch.randn_like(clean)
+                if offset:
+                    noise = noise + offset * torch.randn(len(names), 4, 1, 1)
+                times = torch.randint(0, 1000, (len(names),))
+                ids = tokenizer(
+                    [captions[n] for n in names], padding="max_length", truncation=True, return_tensors="pt"
+                )
+                kwargs = {"output_hidden_states": True}
+                out = functional_call(encoder, merged(encoder, text_factors, alpha / rank), (ids.input_ids,), kwargs)
+                states = encoder.final_layer_norm(out.hidden_states[-clip_skip])
+                noisy = scheduler.add_noise(clean, noise, times)
+                predicted = functional_call(
+                    unet, merged(unet, unet_factors, alpha / rank), (noisy, times, states)
+                ).sample
+                target = scheduler.get_velocity(clean, noise, times) if velocity else noise
+                error = ((predicted - target) ** 2).mean([1, 2, 3])
+                if gamma is not None:
+                    alphas = scheduler.alphas_cumprod[times]
+                    snr = alphas / (1 - alphas)
+                    error = error * torch.minimum(snr, torch.tensor(gamma)) / (snr + 1 if velocity else snr)
+                (error.mean() / accumulate).backward()
+                values.append(error.mean().item())
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(sum(values) / len(values))
+    return losses

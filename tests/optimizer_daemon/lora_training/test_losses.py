@@ -1,0 +1,103 @@
+"""What is trained: the product's losses, step by step, against an independent implementation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from optimizer_daemon.lora_training.losses import NoiseSchedule, denoising_loss, draw_noise, min_snr_weight
+from tests.optimizer_daemon.lora_training.reference import reference_losses
+from tests.optimizer_daemon.lora_training.workshop import Workshop
+
+CAPTIONS = {"a": "a red ball, soft light", "b": "a blue cube", "c": "a green cone", "d": "low", "e": "sks"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "reference"),
+    [
+        ({}, {}),
+        ({"min_snr_gamma": 5.0}, {"gamma": 5.0}),
+        ({"v_parameterization": True}, {"velocity": True}),
+        ({"v_parameterization": True, "min_snr_gamma": 1.0}, {"velocity": True, "gamma": 1.0}),
+        ({"gradient_accumulation_steps": 2}, {"accumulate": 2}),
+        ({"noise_offset": 0.1}, {"offset": 0.1}),
+        ({"clip_skip": 2, "network_alpha": 8.0, "network_dim": 2}, {"clip_skip": 2, "alpha": 8.0, "rank": 2}),
+        ({"gradient_checkpointing": True}, {}),
+    ],
+    ids=[
+        "noise prediction",
+        "noise prediction with min-SNR",
+        "velocity prediction",
+        "velocity prediction with min-SNR",
+        "accumulated gradients, the last group short",
+        "offset noise",
+        "a skipped text layer, another rank and alpha",
+        "gradient checkpointing changes nothing",
+    ],
+)
+def test_every_step_has_the_reference_loss(workshop: Workshop, settings, reference):
+    workshop.dataset(CAPTIONS)
+    workshop.train(seed=11, max_train_epochs=2, **settings)
+    found = workshop.scalars()["loss/current"]
+    expected = reference_losses(
+        workshop.base, CAPTIONS, workshop.root / "images", epochs=2, seed=11, lr=1e-2, **reference
+    )
+    assert list(found) == list(range(1, len(expected) + 1))
+    assert list(found.values()) == pytest.approx(expected, rel=2e-4)
+
+
+def test_the_base_model_says_what_is_predicted(workshop: Workshop, velocity_model: Path):
+    workshop.base = velocity_model
+    workshop.dataset(CAPTIONS)
+    workshop.train(seed=3, max_train_epochs=1)
+    expected = reference_losses(
+        velocity_model, CAPTIONS, workshop.root / "images", epochs=1, seed=3, lr=1e-2, velocity=True
+    )
+    assert list(workshop.scalars()["loss/current"].values()) == pytest.approx(expected, rel=2e-4)
+
+
+def test_the_forward_process_is_diffusers_own():
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    schedule = NoiseSchedule.of(scheduler.alphas_cumprod, torch.device("cpu"))
+    clean, noise = torch.randn(2, 5, 4, 8, 8)
+    times = torch.tensor([0, 1, 500, 998, 999])
+    torch.testing.assert_close(schedule.noisy(clean, noise, times), scheduler.add_noise(clean, noise, times))
+    torch.testing.assert_close(schedule.velocity(clean, noise, times), scheduler.get_velocity(clean, noise, times))
+    assert schedule.steps == 1000
+
+
+@pytest.mark.parametrize(
+    ("snr", "velocity", "weight"),
+    [
+        (10.0, False, 0.5),
+        (5.0, False, 1.0),
+        (0.1, False, 1.0),
+        (0.0, False, 1.0),
+        (9.0, True, 0.5),
+        (1.0, True, 0.5),
+        (0.0, True, 0.0),
+    ],
+)
+def test_min_snr_weights(snr: float, velocity: bool, weight: float):
+    found = min_snr_weight(torch.tensor([snr]), 5.0, predicts_velocity=velocity)
+    assert found.item() == pytest.approx(weight)
+
+
+def test_offset_noise_is_constant_over_a_channel():
+    clean = torch.zeros(64, 4, 16, 16)
+    torch.manual_seed(0)
+    plain = draw_noise(clean, None)
+    torch.manual_seed(0)
+    extra = draw_noise(clean, 0.5) - plain
+    assert torch.allclose(extra.std(dim=(2, 3)), torch.zeros(64, 4), atol=1e-6)
+    assert extra.std().item() == pytest.approx(0.5, rel=0.2)
+
+
+def test_the_loss_is_the_mean_over_samples_of_weighted_means():
+    predicted = torch.stack([torch.full((4, 2, 2), 1.0), torch.full((4, 2, 2), 3.0)])
+    target = torch.zeros_like(predicted)
+    assert denoising_loss(predicted, target).item() == 5.0
+    assert denoising_loss(predicted, target, torch.tensor([1.0, 0.5])).item() == 2.75

@@ -1,0 +1,107 @@
+"""Stands in for `evaluator-daemon evaluate --trial DIR` where tests need many scores quickly: the same files, no model.
+
+A checkpoint's score is what the scripted trainer wrote into its metadata; SCRIPTED_GATE names a trial that fails.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+import zlib
+from datetime import datetime
+from pathlib import Path
+
+from shared.files import read_model, write_bytes, write_model
+from shared.layout import StudyLayout, TrialLayout
+from shared.locks import FileLock
+from shared.safetensors_file import read_checkpoint
+from shared.schemas import (
+    CheckpointRecord,
+    EvaluationState,
+    Gate,
+    GateCheck,
+    Metric,
+    Metrics,
+    PhaseSeconds,
+    Run,
+    Sample,
+    Score,
+)
+
+
+def evaluate(trial: TrialLayout) -> None:
+    trial.evaluations.folder.mkdir(exist_ok=True)
+    with FileLock(trial.evaluations.lock), (trial.folder / "realtime_evaluation.log").open("a") as log:
+        known: dict[str, CheckpointRecord] = {}
+        if trial.evaluations.state.exists():
+            state = read_model(trial.evaluations.state, EvaluationState)
+            known = {record.checkpoint: record for record in state.checkpoints}
+        run = read_model(StudyLayout(trial.folder.parent).run, Run)
+        for path in trial.list_checkpoints():
+            checkpoint = read_checkpoint(path, trial.folder)
+            if path.stem in known and known[path.stem].checkpoint_sha256 == checkpoint.sha256:
+                continue
+            log.write(f"{path.stem}\n")
+            known[path.stem] = record(trial, path, checkpoint, run)
+            time = datetime.now().astimezone()
+            state = EvaluationState(trial_name=trial.name, updated=time, checkpoints=tuple(known.values()))
+            write_model(trial.evaluations.state, state)
+
+
+def record(trial: TrialLayout, path: Path, checkpoint, run: Run) -> CheckpointRecord:
+    render = trial.evaluations.checkpoint(path.stem)
+    render.folder.mkdir(exist_ok=True)
+    score = float(checkpoint.metadata["score"])
+    collapsed = os.environ.get("SCRIPTED_GATE") == str(trial.number)
+    write_bytes(render.sample(0), one_pixel())
+    write_bytes(render.grid, one_pixel())
+    metrics = Metrics(
+        trial_name=trial.name,
+        checkpoint=path.stem,
+        checkpoint_sha256=checkpoint.sha256,
+        plan_hash=run.plan_hash,
+        epoch=checkpoint.epoch,
+        evaluation_time=datetime.now().astimezone(),
+        samples=(Sample(file="sample_0.png", prompt="a red ball", seed=42),),
+        metrics={
+            name: Metric(version="1", direction="target", status="ok", value=value, std=0.03, per_image=(value,))
+            for name, value in {"brightness": 0.5, "contrast": 0.3}.items()
+        },
+        scores={"combined_score": Score(value=score, direction="minimise")},
+        gate=Gate(
+            feasible=not collapsed,
+            checks={"sentinels": GateCheck(passed=not collapsed, reason="image 0 is black" if collapsed else None)},
+        ),
+        seconds=PhaseSeconds(load=0.0, render=0.0, measure=0.0, total=0.0),
+        batch_size=1,
+        device="cpu",
+        library_versions={},
+    )
+    write_model(render.metrics, metrics)
+    return CheckpointRecord(
+        checkpoint=path.stem,
+        checkpoint_sha256=checkpoint.sha256,
+        plan_hash=run.plan_hash or "",
+        epoch=checkpoint.epoch,
+        size=checkpoint.stamp.size,
+        modified_ns=checkpoint.stamp.mtime_ns,
+        status="recorded",
+    )
+
+
+def one_pixel() -> bytes:
+    """A grey PNG."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0)
+    rows = zlib.compress(b"\x00\x80")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+if __name__ == "__main__":
+    verb, flag, folder, *_ = sys.argv[1:]
+    assert (verb, flag) == ("evaluate", "--trial"), sys.argv
+    evaluate(TrialLayout(Path(folder)))

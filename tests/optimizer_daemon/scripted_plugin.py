@@ -1,0 +1,35 @@
+"""The plugin half of scripted_trainer.py."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from optimizer_daemon.trainers.base import LaunchPlan, Progress
+from shared.layout import TrialLayout
+from shared.schemas import Run, TrainerExit, TrialParams
+
+SCRIPT = Path(__file__).with_name("scripted_trainer.py")
+
+
+class ScriptedTrainer:
+    """The nearer learning_rate to 1e-4, the better the score."""
+
+    def plan(self, params: TrialParams, trial: TrialLayout, run: Run, gpu: str | None = None) -> LaunchPlan:
+        score = abs(math.log10(float(params.parameters["learning_rate"])) + 4)
+        numbers = (params.max_train_epochs, run.settings["save-every-n-epochs"], score)
+        argv = (sys.executable, "-S", str(SCRIPT), str(trial.folder), trial.output_name, *map(str, numbers))
+        return LaunchPlan(argv, env={}, files={"train_config.toml": f"epochs = {params.max_train_epochs}\n"})
+
+    def parse_progress(self, line: str) -> Progress | None:
+        found = re.match(r"scripted: (\d+) (\d+) ([\d.]+)", line)
+        if found is None:
+            return None
+        epoch, epochs = int(found[1]), int(found[2])
+        return Progress(epoch, epoch, epochs, float(found[3]), 0.1, 0.1 * (epochs - epoch))
+
+    def diagnose(self, record: TrainerExit | None, last_lines: Sequence[str]) -> str:
+        return f"out of memory: {last_lines[-1]}"

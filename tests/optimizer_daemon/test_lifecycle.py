@@ -1,0 +1,109 @@
+"""The decision table: what happens next with a trial, for every situation it can be found in."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from datetime import datetime
+
+import pytest
+
+from optimizer_daemon.lifecycle import MOST_ATTEMPTS, MOST_RESUMES, Action, TrialView, ending_of, next_action
+from shared.schemas import TERMINAL_STATES, TrainerExit
+
+NOW = 1000.0
+TRAINING = TrialView("training", last_progress=NOW)
+DEAD = replace(TRAINING, resumable=True)
+TRAINED = TrialView("trained", final_complete=True)
+
+TABLE = [
+    ("a drawn trial is trained", TrialView("drawn"), Action.TRAIN),
+    ("a living trainer is watched", replace(TRAINING, trainer_alive=True), Action.WATCH),
+    ("a trainer found alive after a crash before the state was written is watched",
+     TrialView("drawn", trainer_alive=True, last_progress=NOW), Action.WATCH),
+    ("a trainer that stands still too long is stopped",
+     replace(TRAINING, trainer_alive=True, last_progress=NOW - 601), Action.STOP_HUNG),
+    ("a trainer with slow steps gets more patience",
+     replace(TRAINING, trainer_alive=True, last_progress=NOW - 601, patience_s=900), Action.WATCH),
+    ("a finished training with its final checkpoint is trained",
+     replace(TRAINING, ending="finished", final_complete=True), Action.MARK_TRAINED),
+    ("a finished training without one has failed", replace(TRAINING, ending="finished"), Action.FAIL),
+    ("a training that failed by itself has failed, final checkpoint or not",
+     replace(TRAINING, ending="failed", final_complete=True), Action.FAIL),
+    ("a training somebody killed goes on from its state", replace(DEAD, ending="stopped"), Action.RESUME),
+    ("so does one whose supervisor was killed, too", DEAD, Action.RESUME),
+    ("without a state it is redone", replace(DEAD, resumable=False), Action.REDO),
+    ("a supervisor killed after the last checkpoint changes nothing", replace(DEAD, final_complete=True),
+     Action.MARK_TRAINED),
+    ("a training that never started is redone", TrialView("training"), Action.REDO),
+    ("after three redos it has failed", replace(DEAD, resumable=False, attempt=MOST_ATTEMPTS), Action.FAIL),
+    ("one that is killed again and again is redone at last", replace(DEAD, resumes=MOST_RESUMES), Action.REDO),
+    ("an interrupted trial goes on from its state", replace(DEAD, state="interrupted", ending="stopped"),
+     Action.RESUME),
+    ("an interrupted trial without a state is redone, however often",
+     TrialView("interrupted", ending="stopped", attempt=MOST_ATTEMPTS), Action.REDO),
+    ("a training that ended well while it was being stopped is trained",
+     TrialView("interrupted", ending="finished", final_complete=True), Action.MARK_TRAINED),
+    ("a trained trial is scored by ourselves when nobody else does", TRAINED, Action.EVALUATE),
+    ("it waits for a living evaluator", replace(TRAINED, evaluator_busy=True), Action.WAIT),
+    ("its score completes it", replace(TRAINED, scoring="scored", evaluator_busy=True), Action.COMPLETE),
+    ("a final checkpoint that cannot be scored fails it", replace(TRAINED, scoring="unscorable"), Action.FAIL),
+    ("a complete trial that the study has not heard of is told", TrialView("complete"), Action.TELL),
+    ("a failed one, too", TrialView("failed"), Action.TELL),
+    ("a pruned one, too", TrialView("pruned"), Action.TELL),
+    ("a told trial is over", TrialView("complete", told=True), Action.NOTHING),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("view", "action"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
+def test_the_decision_table(view, action):
+    assert next_action(view, NOW) is action
+
+
+def test_every_action_is_in_the_table():
+    assert {row[2] for row in TABLE} == set(Action)
+
+
+def test_every_view_has_an_action_and_a_living_trainer_is_never_joined_by_another():
+    states = ("drawn", "training", "trained", "complete", "pruned", "failed", "interrupted")
+    flags = itertools.product(
+        states, (False, True), (1, MOST_ATTEMPTS), (0, MOST_RESUMES), (False, True),
+        ("finished", "stopped", "failed", "unknown"), (False, True), (False, True), (0.0, NOW),
+        ("pending", "scored", "unscorable"), (False, True),
+    )  # fmt: skip
+    names = ("state", "told", "attempt", "resumes", "trainer_alive", "ending", "resumable", "final_complete",
+             "last_progress", "scoring", "evaluator_busy")  # fmt: skip
+    for values in flags:
+        view = TrialView(**dict(zip(names, values, strict=True)))
+        action = next_action(view, NOW)
+        assert isinstance(action, Action)
+        if view.trainer_alive:
+            assert action not in (Action.TRAIN, Action.RESUME, Action.REDO)
+        if view.state in TERMINAL_STATES:
+            assert action in (Action.TELL, Action.NOTHING)
+
+
+@pytest.mark.parametrize(
+    ("exit_status", "signal", "ending"),
+    [
+        pytest.param(0, None, "finished", id="exit 0"),
+        pytest.param(1, None, "failed", id="exit 1"),
+        pytest.param(143, None, "stopped", id="a trainer that saved its state after SIGTERM"),
+        pytest.param(None, 15, "stopped", id="SIGTERM"),
+        pytest.param(None, 9, "stopped", id="SIGKILL, as the kernel short of memory sends it"),
+        pytest.param(130, None, "stopped", id="a wrapper interrupted by Ctrl-C"),
+        pytest.param(None, 11, "failed", id="SIGSEGV"),
+        pytest.param(134, None, "failed", id="SIGABRT of a wrapped command"),
+        pytest.param(127, None, "failed", id="command not found"),
+    ],
+)
+def test_how_a_training_ended(exit_status, signal, ending):
+    time = datetime.now().astimezone()
+    record = TrainerExit(
+        command=("train",), pid=1, exit_status=exit_status, signal=signal, started=time, ended=time, seconds=1.0
+    )
+    assert ending_of(record) == ending
+
+
+def test_without_a_record_nobody_knows():
+    assert ending_of(None) == "unknown"
