@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,9 +62,12 @@ def create_optimizer(config: TrainConfig, network: LoraNetwork) -> TorchOptimize
         (label, {"params": network.parameters_of(names), "lr": rate}) for label, names, rate in named_groups if names
     ]
     # One kernel for all tensors instead of several per tensor; the arithmetic is the same.
-    speed = {"fused": True} if kind is torch.optim.AdamW and not arguments.keys() & {"foreach", "fused"} else {}
+    speed: dict[str, Any] = (
+        {"fused": True} if kind is torch.optim.AdamW and not arguments.keys() & {"foreach", "fused"} else {}
+    )
     try:
-        optimizer = kind([group for _, group in groups], lr=config.learning_rate, **arguments, **speed)
+        build: Callable[..., Optimizer] = kind
+        optimizer = build([group for _, group in groups], lr=config.learning_rate, **arguments, **speed)
     except (TypeError, ValueError) as error:
         raise SettingsError("optimizer_args", config.optimizer_args, f"{name} refuses them: {error}") from error
     shown = ",".join(f"{key}={value}" for key, value in arguments.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,8 @@ class TextConditioning:
             last: Tensor = self._encoder(ids).last_hidden_state
             return last
         layers = self._encoder(ids, output_hidden_states=True).hidden_states
-        skipped: Tensor = text_model_of(self._encoder).final_layer_norm(layers[-self._clip_skip])
+        norm: Any = text_model_of(self._encoder).final_layer_norm
+        skipped: Tensor = norm(layers[-self._clip_skip])
         return skipped
 
 

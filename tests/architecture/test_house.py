@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -36,3 +37,14 @@ def test_unit_starts_an_installed_command_and_is_notified(unit: Path):
 def test_readme_names_the_test_command_that_ci_runs():
     assert "scripts/test" in (ROOT / "README.md").read_text()
     assert "scripts/test" in (ROOT / ".ci/run").read_text()
+
+
+def test_the_walk_of_the_architecture_document_names_at_most_ten_functions_that_exist():
+    text = (ROOT / "docs/architecture.md").read_text()
+    walk = re.findall(r"^\| \d+ \| `([\w.]+):([\w.]+)` \|", text, re.M)
+    assert 5 <= len(walk) <= 10
+    for module, path in walk:
+        found = importlib.import_module(module)
+        for name in path.split("."):
+            found = getattr(found, name)
+        assert callable(found)

@@ -174,6 +174,13 @@ def test_a_manager_started_first_waits_for_the_study_and_leaves_when_it_is_finis
     assert all(len(state_of(study, number).checkpoints) == 2 for number in (1, 2))
 
 
+def test_a_manager_started_before_its_study_makes_the_folder_and_waits(tmp_path, start):
+    root = tmp_path / "later" / "study"
+    start("run", "--optimization-dir", root)
+    wait_until(lambda: (root / "evaluator_manager.log").exists(), "the folder is made")
+    wait_until(lambda: "waiting for" in (root / "evaluator_manager.log").read_text(), "it waits")
+
+
 @pytest.mark.slow
 def test_one_trial_is_scored_by_the_command_the_optimizer_uses(study, base_model):
     write_model(study.run, run_json(study, base_model))
@@ -188,7 +195,12 @@ def test_one_trial_is_scored_by_the_command_the_optimizer_uses(study, base_model
     [
         pytest.param(["run", "--optimization-dir", "{root}", "--once"], "--base-model", id="once without a plan"),
         pytest.param(["run", "--once"], "--optimization-dir", id="no folder"),
-        pytest.param(["run", "--optimization-dir", "{root}/missing"], "--optimization-dir", id="a folder not there"),
+        pytest.param(
+            ["run", "--optimization-dir", "{root}/missing", "--once"], "--optimization-dir", id="a folder not there"
+        ),
+        pytest.param(
+            ["run", "--optimization-dir", "/dev/null/study"], "--optimization-dir", id="a folder that cannot be made"
+        ),
         pytest.param(["evaluate", "--trial", "{root}/trial_0001"], "--base-model", id="a trial without a plan"),
         pytest.param(["evaluate", "--trial", "{root}/trial_0009"], "--trial", id="a trial not there"),
     ],

@@ -75,6 +75,15 @@ def kohya_modules() -> Iterator[tuple[str, int, int, bool]]:
         yield f"{encoder}_mlp_fc2", 192, 48, False
 
 
+def with_sorted_metadata(file: bytes) -> bytes:
+    """Return the same file with the metadata in order: safetensors writes it in another order in each process."""
+    text = file[8 : len(file) - len(data_section(file))]
+    header = json.loads(text)
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    sorted_text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return file_of(sorted_text.ljust(len(text)), data_section(file))
+
+
 @functools.cache
 def real_lora(*, with_hash: bool = True) -> bytes:
     """Return an fp16 LoRA as kohya-ss/sd-scripts saves it: its key names, `ss_` metadata and `sshs_model_hash`."""
@@ -100,4 +109,4 @@ def real_lora(*, with_hash: bool = True) -> bytes:
     if with_hash:  # sd-scripts hashes the data of a serialisation that has the ss_ keys only
         metadata["sshs_model_hash"] = hashlib.sha256(data_section(save(tensors, metadata))).hexdigest()
         metadata["modelspec.title"] = "lora_trial_5"
-    return save(tensors, metadata)
+    return with_sorted_metadata(save(tensors, metadata))
