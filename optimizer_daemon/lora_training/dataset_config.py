@@ -65,11 +65,6 @@ class Subset(_Table):
     caption_tag_dropout_rate: float = Field(0.0, ge=0, le=1)
     flip_aug: bool = False
 
-    @property
-    def captions_vary(self) -> bool:
-        """Whether one image may have another caption each time it is drawn."""
-        return self.shuffle_caption or self.caption_dropout_rate > 0 or self.caption_tag_dropout_rate > 0
-
 
 class Dataset(_Table):
     """Folders that are trained at one resolution and batch size."""

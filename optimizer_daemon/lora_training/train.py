@@ -13,6 +13,7 @@ from optimizer_daemon.lora_training.config import TrainConfig
 from optimizer_daemon.lora_training.dataset import Batch, TrainingData
 from optimizer_daemon.lora_training.latents import default_cache_dir, load_latents
 from optimizer_daemon.lora_training.learner import Learner
+from optimizer_daemon.lora_training.memory import Memory, memory_that_ran_out, out_of_memory
 from optimizer_daemon.lora_training.models import Hardware, choose_hardware
 from optimizer_daemon.lora_training.optimizers import warmup_steps
 from optimizer_daemon.lora_training.reporting import Reporter
@@ -20,7 +21,6 @@ from optimizer_daemon.lora_training.saving import Facts, checkpoint_path, is_due
 from optimizer_daemon.lora_training.state import Position, Randomness, load_state, remove_state, save_state
 from optimizer_daemon.lora_training.stopping import StopWish
 from optimizer_daemon.lora_training.toml_file import line_of_key
-from optimizer_daemon.trainers.diagnosis import memory_remedies, memory_that_ran_out
 from shared.errors import ResourceError, Stopped
 
 
@@ -39,7 +39,7 @@ def train(config: TrainConfig, data: TrainingData, base: BaseModel, wish: StopWi
         memory = memory_that_ran_out(f"{type(error).__name__}: {error}")
         if memory is None:
             raise
-        raise ResourceError(f"out of {memory} memory: {_remedies(config, data, memory)}") from error
+        raise ResourceError(_lack(memory, config, data)) from error
 
 
 def _train(config: TrainConfig, data: TrainingData, base: BaseModel, wish: StopWish) -> None:
@@ -163,10 +163,10 @@ def _introduce(config: TrainConfig, data: TrainingData, learner: Learner, total_
         print(f"  warning: the warm-up of {warmup} steps is never over; lower lr_warmup_steps", flush=True)
 
 
-def _remedies(config: TrainConfig, data: TrainingData, memory: str) -> str:
+def _lack(memory: Memory, config: TrainConfig, data: TrainingData) -> str:
     line = line_of_key(data.path, "batch_size")
-    return memory_remedies(
-        gpu=memory == "GPU",
+    return out_of_memory(
+        memory,
         batch_size=f"batch_size in {data.path} (line {line})" if line else "train_batch_size to 1",
         gradient_checkpointing=config.gradient_checkpointing,
         network_dim=config.network_dim,

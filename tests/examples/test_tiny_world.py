@@ -73,7 +73,7 @@ def test_the_color_judge_names_ray_cast_scenes_in_every_style():
     rng = np.random.default_rng(8)
     for lighting in LIGHTINGS:
         judge = ColorJudge([lighting])
-        scenes = [draw_scene(rng, lighting) for _ in range(60)]
+        scenes = [draw_scene(rng, lighting) for _ in range(24)]
         right = [judge.name(render(s)) == (s.color, s.background) for s in scenes]
         assert np.mean(right) >= 0.95
 

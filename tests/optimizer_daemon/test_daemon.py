@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -260,14 +261,17 @@ def test_three_failures_of_one_kind_stop_the_daemon_with_the_reason(lab):
     ],
 )
 def test_a_start_with_other_settings_is_refused_with_both_values(lab, flags, says):
-    from optimizer_daemon.cli import build_parser
     from optimizer_daemon.runner import now_local
-    from optimizer_daemon.settings import load_optimizer_settings
+    from optimizer_daemon.settings import OptimizerSettings, load_optimizer_settings
     from optimizer_daemon.study_file import open_run
     from shared.errors import StudyMismatchError
+    from shared.settings import add_settings_flags
+
+    parser = argparse.ArgumentParser()
+    add_settings_flags(parser, OptimizerSettings)
 
     def settings(*more: str):
-        return load_optimizer_settings(build_parser().parse_args(["run", *lab.flags, *more]))
+        return load_optimizer_settings(parser.parse_args([*lab.flags, *more]))
 
     lab.study.root.mkdir()
     run = open_run(settings(), lab.study, now_local())
