@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from optimizer_daemon.lora_training.stopping import StopWish
 from shared.errors import Stopped, StudyMismatchError, UnreadableFileError
 from tests.optimizer_daemon.lora_training.workshop import StopAt, Workshop
 
@@ -43,7 +46,7 @@ def test_wherever_it_stops_it_ends_with_the_same_weights(workshop: Workshop, tmp
     whole = lively(tmp_path / "whole", workshop)
     whole.train(save_precision="float", **SETTINGS)
     rng = random.Random(5)
-    for stop in (1, *rng.sample(range(2, BATCHES), 3), BATCHES):
+    for stop in (1, *rng.sample(range(2, BATCHES), 2), BATCHES):
         stopped = lively(tmp_path / f"stopped_at_{stop}", workshop)
         with pytest.raises(Stopped):
             # The first checks are those of the latents, all in the cache by now.
@@ -61,9 +64,11 @@ def test_wherever_it_stops_it_ends_with_the_same_weights(workshop: Workshop, tmp
     "optimizer",
     [
         {"optimizer_type": "AdamW8bit", "optimizer_args": {"min_8bit_size": 16}},
-        {"optimizer_type": "Lion", "learning_rate": 1e-3},
+        pytest.param({"optimizer_type": "Lion", "learning_rate": 1e-3}, marks=pytest.mark.slow),
         {"optimizer_type": "Adafactor"},
-        {"optimizer_type": "torch.optim.SGD", "optimizer_args": {"momentum": 0.9}},
+        pytest.param(
+            {"optimizer_type": "torch.optim.SGD", "optimizer_args": {"momentum": 0.9}}, marks=pytest.mark.slow
+        ),
     ],
     ids=["AdamW8bit", "Lion", "Adafactor", "any class"],
 )
@@ -141,6 +146,29 @@ def test_a_damaged_state_is_no_start_from_zero_in_disguise(workshop: Workshop, d
         workshop.train(resume=True)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_at_any_moment_leaves_a_state_to_go_on_from(workshop: Workshop, number: signal.Signals):
+    workshop.dataset(subset="num_repeats = 40")
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)}
+    wish = StopWish()
+    wish.listen()
+    timer = threading.Timer(0.6 + random.random(), os.kill, (os.getpid(), number))
+    try:
+        timer.start()
+        with pytest.raises(Stopped) as caught:
+            workshop.train(wish)
+    finally:
+        timer.join()
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+    assert caught.value.exit_code == 128 + number
+    state = torch.load(workshop.state_file, weights_only=True)
+    position = state["position"]
+    assert position["step"] == (position["epoch"] - 1) * 60 + position["step_in_epoch"] < 240
+    assert len(state["network"]) == 3 * 66
+
+
+@pytest.mark.slow
 def test_sigterm_saves_the_state_and_exits_143(workshop: Workshop, tmp_path: Path):
     """The real process and the real signal, at a step nobody chose."""
     long = "num_repeats = 20\nshuffle_caption = true"

@@ -101,10 +101,10 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(workshop: 
 
 
 def test_training_learns(workshop: Workshop):
-    workshop.dataset(subset="num_repeats = 20")
-    workshop.train(learning_rate=3e-3, network_dim=8, network_alpha=8.0, max_train_epochs=8)
+    workshop.dataset(subset="num_repeats = 10")
+    workshop.train(learning_rate=3e-3, network_dim=8, network_alpha=8.0)
     averages = list(workshop.scalars()["loss/epoch_average"].values())
-    assert averages[-1] < 0.9 * averages[0], averages
+    assert averages[-1] < 0.8 * averages[0], averages
 
 
 def test_a_frozen_text_encoder_sees_each_caption_once(workshop: Workshop, monkeypatch):
