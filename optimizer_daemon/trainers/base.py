@@ -60,7 +60,7 @@ class TrainerPlugin(Protocol):
         Args:
             gpu: the GPU slot, a value for CUDA_VISIBLE_DEVICES; None leaves the choice to the environment.
         Raises:
-            SettingsError: a parameter or setting is nothing this trainer can train with.
+            UserError: a parameter or setting is nothing this trainer can train with.
         """
         ...
 

@@ -13,7 +13,7 @@ from optimizer_daemon.lora_training.toml_file import closest
 from optimizer_daemon.trainers.base import LaunchPlan, Progress
 from optimizer_daemon.trainers.diagnosis import explain
 from optimizer_daemon.trainers.progress import parse_bar
-from shared.errors import SettingsError
+from shared.errors import SettingsError, UserError
 from shared.layout import TrialLayout
 from shared.schemas import Run, TrainerExit, TrialParams
 from shared.schemas.base import Scalar
@@ -32,7 +32,7 @@ class NativeTrainer:
         """Return the plan; a parameter may be any setting of train_config.toml, or `optimizer_args.<name>`.
 
         Raises:
-            SettingsError: a parameter is no setting of this trainer, or has a value it cannot use.
+            UserError: a parameter is no setting of this trainer, or has a value it cannot use.
         """
         folder = trial.folder.absolute()
         trial = TrialLayout(folder)
@@ -40,7 +40,7 @@ class NativeTrainer:
         try:
             config = TrainConfig.model_validate(values)
         except ValidationError as error:
-            raise SettingsError("trial parameters", first_fault(error, values), "correct the search space") from error
+            raise UserError(f"trial parameters: {first_fault(error, values)}; correct the search space") from error
         threads = str(run.threads_per_process)
         env = {
             "PYTHONUNBUFFERED": "1",
@@ -100,11 +100,9 @@ def _of_trial(params: TrialParams) -> dict[str, Any]:
         elif name in TrainConfig.model_fields:
             values[name] = value
         elif not _has_done_its_work(name, params):
-            raise SettingsError(
-                "trial parameters",
-                name,
-                f"the native trainer has no such setting{closest(name, TrainConfig.model_fields)}; "
-                "take it out of the search space",
+            raise UserError(
+                f"trial parameters: {name}: the native trainer has no such setting"
+                f"{closest(name, TrainConfig.model_fields)}; correct the search space"
             )
     return values | ({"optimizer_args": optimizer_args} if optimizer_args else {})
 

@@ -14,7 +14,9 @@ from safetensors import safe_open
 
 from examples.tiny_world.paths import HERE
 from examples.tiny_world.reference_lora import load_base
+from shared.files import read_model
 from shared.layout import StudyLayout, writer_of
+from shared.schemas import EvaluationState
 
 STUDY_FILE = HERE / "study.toml"
 FINAL_NAMES = ["metrics.json", "grid.png", *[f"sample_{i}.png" for i in range(8)]]
@@ -93,7 +95,9 @@ def test_the_same_command_again_adds_the_next_trial_and_evaluates_nothing_twice(
     run_both(study.root, 2)
     assert {f: f.stat().st_mtime_ns for f in study.trial(1).evaluations.folder.rglob("*.png")} == before
     assert [trial.name for trial in study.list_trials()] == ["trial_0001", "trial_0002"]
-    assert study.manager_log.read_text().count("checkpoint recorded") == 4
+    for trial in study.list_trials():
+        records = read_model(trial.evaluations.state, EvaluationState).checkpoints
+        assert [[attempt.outcome for attempt in record.attempts] for record in records] == [["recorded"]] * 2
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -14,7 +14,7 @@ import pytest
 from optimizer_daemon.lora_training.config import load_config
 from optimizer_daemon.trainers import TRAINERS
 from optimizer_daemon.trainers.base import Progress
-from shared.errors import SettingsError, UnknownPluginError
+from shared.errors import SettingsError, UnknownPluginError, UserError
 from shared.files import read_model
 from shared.layout import StudyLayout
 from shared.schemas import Run, TrainerExit, TrialParams
@@ -106,12 +106,9 @@ def test_the_training_skips_the_layers_that_the_evaluation_skips(run: Run, clip_
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        (
-            {"networkdim": 8},
-            "'networkdim' will not do; the native trainer has no such setting; did you mean 'network_d",
-        ),
-        ({"brightness": 0.5}, "'brightness' will not do; the native trainer has no such setting; take it out"),
-        ({"learning_rate_ratio": 0.5}, "'learning_rate_ratio' will not do"),
+        ({"networkdim": 8}, "networkdim: the native trainer has no such setting; did you mean 'network_dim'?; correct"),
+        ({"brightness": 0.5}, "brightness: the native trainer has no such setting; correct the search space"),
+        ({"learning_rate_ratio": 0.5}, "learning_rate_ratio: the native trainer has no such setting"),
         ({"lr_scheduler": "cosin"}, "lr_scheduler: 'cosin' will not do"),
         ({"network_dim": 0}, "network_dim: 0 will not do"),
         ({"network_dim": 64.0}, "network_dim: 64.0 will not do"),
@@ -130,9 +127,9 @@ def test_the_training_skips_the_layers_that_the_evaluation_skips(run: Run, clip_
     ],
 )
 def test_a_parameter_that_cannot_be_trained_with_is_refused_before_the_start(run: Run, parameters, message: str):
-    with pytest.raises(SettingsError, match=r"^trial parameters: ") as caught:
+    with pytest.raises(UserError) as caught:
         plan_of(run, params(parameters=parameters))
-    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"trial parameters: {message}")
 
 
 def test_a_study_without_data_set_is_refused_by_its_flag(run: Run):
