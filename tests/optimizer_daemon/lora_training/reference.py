@@ -70,8 +70,9 @@ def reference_losses(
     offset: float | None = None,
     accumulate: int = 1,
     clip_skip: int = 1,
+    sgd: bool = False,
 ) -> list[float]:
-    """Loss of each optimizer step: batches of two, AdamW, constant rate, clipping at 1."""
+    """Loss of each optimizer step: batches of two, a constant rate; AdamW clipped at 1, or SGD without clipping."""
     load = {"local_files_only": True}
     unet = UNet2DConditionModel.from_pretrained(base / "unet", **load).eval().requires_grad_(False)
     encoder = CLIPTextModel.from_pretrained(base / "text_encoder", **load).float().eval().requires_grad_(False)
@@ -83,7 +84,7 @@ def reference_losses(
     text_factors = adapted(encoder, ("CLIPAttention", "CLIPMLP"), rank)
     unet_factors = adapted(unet, ("Transformer2DModel",), rank)
     parameters = [p for factors in (text_factors, unet_factors) for pair in factors.values() for p in pair]
-    optimizer = torch.optim.AdamW(parameters, lr=lr)
+    optimizer = torch.optim.SGD(parameters, lr=lr) if sgd else torch.optim.AdamW(parameters, lr=lr)
     losses = []
     for epoch in range(1, epochs + 1):
         rng = random.Random(seed + epoch)
@@ -118,7 +119,8 @@ def reference_losses(
                     error = error * torch.minimum(snr, torch.tensor(gamma)) / (snr + 1 if velocity else snr)
                 (error.mean() / accumulate).backward()
                 values.append(error.mean().item())
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            if not sgd:
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(sum(values) / len(values))
