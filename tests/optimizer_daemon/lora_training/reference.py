@@ -18,12 +18,13 @@ from torch.func import functional_call
 from transformers import CLIPTextModel, CLIPTokenizer
 
 
-def frozen_latent(vae: AutoencoderKL, file: Path) -> torch.Tensor:
+def frozen_latent(vae: AutoencoderKL, file: Path, *, flipped: bool = False) -> torch.Tensor:
     """Posterior sample of a 64 px image, drawn with the seed that its cache name gives."""
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    name = f"{digest}-64x64-64x64.safetensors"
+    name = f"{digest}-64x64-64x64{'-flipped' if flipped else ''}.safetensors"
     seed = int(hashlib.sha256(name.encode()).hexdigest()[:16], 16) >> 1
-    pixels = torch.tensor(np.asarray(Image.open(file).convert("RGB")) / 255.0 * 2 - 1).permute(2, 0, 1)[None].float()
+    image = np.asarray(Image.open(file).convert("RGB")) / 255.0 * 2 - 1
+    pixels = torch.tensor(image[:, ::-1].copy() if flipped else image).permute(2, 0, 1)[None].float()
     with torch.no_grad():
         posterior = vae.encode(pixels).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(seed))
@@ -71,8 +72,9 @@ def reference_losses(
     accumulate: int = 1,
     clip_skip: int = 1,
     sgd: bool = False,
+    clip: float = 1.0,
 ) -> list[float]:
-    """Loss of each optimizer step: batches of two, a constant rate; AdamW clipped at 1, or SGD without clipping."""
+    """Loss of each optimizer step: batches of two, a constant rate, AdamW or SGD."""
     load = {"local_files_only": True}
     unet = UNet2DConditionModel.from_pretrained(base / "unet", **load).eval().requires_grad_(False)
     encoder = CLIPTextModel.from_pretrained(base / "text_encoder", **load).float().eval().requires_grad_(False)
@@ -119,8 +121,8 @@ def reference_losses(
                     error = error * torch.minimum(snr, torch.tensor(gamma)) / (snr + 1 if velocity else snr)
                 (error.mean() / accumulate).backward()
                 values.append(error.mean().item())
-            if not sgd:
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            if clip:
+                torch.nn.utils.clip_grad_norm_(parameters, clip)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(sum(values) / len(values))

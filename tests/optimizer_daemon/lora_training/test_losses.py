@@ -14,7 +14,7 @@ from tests.optimizer_daemon.lora_training.workshop import Workshop
 
 CAPTIONS = {"a": "a red ball, soft light", "b": "a blue cube", "c": "a green cone", "d": "low", "e": "sks"}
 # Adam's steps and clipped ones hardly show how large a gradient is.
-PLAIN_SGD = {"optimizer_type": "SGD", "learning_rate": 4.0, "max_grad_norm": 0.0}
+PLAIN_SGD = {"optimizer_type": "SGD", "learning_rate": 4.0}
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,11 @@ PLAIN_SGD = {"optimizer_type": "SGD", "learning_rate": 4.0, "max_grad_norm": 0.0
         ({"v_parameterization": True}, {"velocity": True}),
         ({"v_parameterization": True, "min_snr_gamma": 1.0}, {"velocity": True, "gamma": 1.0}),
         ({"gradient_accumulation_steps": 2}, {"accumulate": 2}),
-        ({"gradient_accumulation_steps": 2, **PLAIN_SGD}, {"accumulate": 2, "sgd": True, "lr": 4.0}),
+        (
+            {"gradient_accumulation_steps": 2, **PLAIN_SGD, "max_grad_norm": 0.0},
+            {"accumulate": 2, "sgd": True, "lr": 4.0, "clip": 0.0},
+        ),
+        ({**PLAIN_SGD, "max_grad_norm": 0.05}, {"sgd": True, "lr": 4.0, "clip": 0.05}),
         ({"noise_offset": 0.1}, {"offset": 0.1}),
         ({"clip_skip": 2, "network_alpha": 8.0, "network_dim": 2}, {"clip_skip": 2, "alpha": 8.0, "rank": 2}),
         ({"gradient_checkpointing": True}, {}),
@@ -37,6 +41,7 @@ PLAIN_SGD = {"optimizer_type": "SGD", "learning_rate": 4.0, "max_grad_norm": 0.0
         "velocity prediction with min-SNR",
         "accumulated gradients, the last group short",
         "accumulated gradients as large as they are",
+        "clipped gradients",
         "offset noise",
         "a skipped text layer, another rank and alpha",
         "gradient checkpointing changes nothing",
