@@ -29,7 +29,7 @@ PLAIN_SGD = {"optimizer_type": "SGD", "learning_rate": 4.0}
             {"gradient_accumulation_steps": 2, **PLAIN_SGD, "max_grad_norm": 0.0},
             {"accumulate": 2, "sgd": True, "lr": 4.0, "clip": 0.0},
         ),
-        ({**PLAIN_SGD, "max_grad_norm": 0.05}, {"sgd": True, "lr": 4.0, "clip": 0.05}),
+        ({**PLAIN_SGD, "max_grad_norm": 0.01}, {"sgd": True, "lr": 4.0, "clip": 0.01}),
         ({"noise_offset": 0.1}, {"offset": 0.1}),
         ({"clip_skip": 2, "network_alpha": 8.0, "network_dim": 2}, {"clip_skip": 2, "alpha": 8.0, "rank": 2}),
         ({"gradient_checkpointing": True}, {}),
