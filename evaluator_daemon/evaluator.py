@@ -24,6 +24,7 @@ from evaluator_daemon.renderers.base import Renderer
 from evaluator_daemon.sweep import TrialView, WeightFile, is_over, is_truncated, open_files
 from evaluator_daemon.watcher import FolderWatch
 from shared.errors import IncompleteCheckpointError, LabError, RefusedCheckpointError, ResourceError, Stopped
+from shared.failpoints import reach
 from shared.files import read_model, write_model
 from shared.layout import TRIAL_STATE, TrialLayout, checkpoint_epoch
 from shared.locks import FileLock
@@ -135,6 +136,7 @@ class Evaluator:
     # ------------------------------------------------------------------------------------------------------ one file
 
     def _score(self, file: WeightFile, checkpoint: Checkpoint, layout: LoraLayout) -> bool:
+        reach("evaluator.admitted")
         known = self.memory.record_of(file.name, checkpoint.sha256)
         size, modified_ns = checkpoint.stamp.size, checkpoint.stamp.mtime_ns
         if known is not None and (known.status == "quarantined" or self._is_recorded(known)):
@@ -161,6 +163,7 @@ class Evaluator:
         attempts = (*record.attempts, Attempt(started=now(), outcome="running"))
         record = changed(record, status="evaluating", attempts=attempts)
         self.memory.put(record)
+        reach("evaluator.attempt_written")
         self._changed_state()
         try:
             metrics = self._measured(record, checkpoint, layout)
@@ -182,6 +185,7 @@ class Evaluator:
                 raise  # a failed kernel leaves the CUDA context unusable: the next attempt needs a new process
             return True  # tried again after the others, three times at most
         ended = self.memory.end_attempt(record, "recorded")
+        reach("evaluator.recorded")
         self.memory.write_summary()
         self._say_recorded(ended, metrics)
         return True
@@ -200,6 +204,7 @@ class Evaluator:
             rendered = RenderedSet(rendering.pictures, prompts, self._reference.pictures)
             figures = measure(self._sources, rendered)
         end = time.monotonic()
+        reach("evaluator.rendered")
         metrics = Metrics(
             trial_name=self.trial.name,
             checkpoint=record.checkpoint,
@@ -220,7 +225,9 @@ class Evaluator:
         )
         folder = self.trial.evaluations.checkpoint(record.checkpoint)
         write_pictures(folder, rendering.pictures)
+        reach("evaluator.pictures_written")
         write_model(folder.metrics, metrics)
+        reach("evaluator.metrics_written")
         return metrics
 
     def _copy_twin(self, record: CheckpointRecord, twin: CheckpointRecord) -> None:

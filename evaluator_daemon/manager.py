@@ -26,6 +26,7 @@ from evaluator_daemon.settings import EvaluatorSettings
 from evaluator_daemon.sweep import SETTLED, TrialView, back_off_s, is_over, open_files, wanted_trials
 from evaluator_daemon.watcher import FolderWatch
 from shared.errors import CheckpointError, ContractError, LabError, ResourceError, SettingsError, StudyMismatchError
+from shared.failpoints import reach
 from shared.files import sweep_temp_files, write_model
 from shared.layout import RUN, StudyLayout, TrialLayout
 from shared.locks import FileLock
@@ -245,6 +246,7 @@ class Manager:
         )
         process.start()
         theirs.close()
+        reach("manager.evaluator_started")
         self._running[name] = RunningEvaluator(process, ours, datetime.now().astimezone())
         watcher = threading.Thread(
             target=wake_on_news, args=(ours, process.sentinel, self._service.wake), name=f"news of {name}", daemon=True

@@ -28,6 +28,7 @@ from optimizer_daemon.summary import ended_text, stopped_text
 from optimizer_daemon.trainers import TRAINERS
 from optimizer_daemon.watch_script import write_watch_script
 from shared.errors import LabError, ResourceError, SettingsError, Stopped
+from shared.failpoints import reach
 from shared.layout import StudyLayout
 from shared.locks import FileLock
 from shared.logs import log_change, set_up_logs
@@ -248,6 +249,7 @@ class OptimizerDaemon:
         log_change(_log, "trial started", trial=f"{live.number} of {self._target}", attempt=attempt, **how)
         for line in format_parameters(live.params.parameters):
             _log.info(line)
+        reach("optimizer.training_announced")
         self._runner.start(live, self._clock())
 
     def _look_at_training(self, live: LiveTrial) -> None:
@@ -267,6 +269,7 @@ class OptimizerDaemon:
             self._study.report(live.state.optuna_number, point.epoch, point.value)
             score: dict[str, Any] = {self._objective: point.value}
             log_change(_log, "checkpoint scored", trial=live.number, epoch=point.epoch, **score)
+            reach("optimizer.reported")
         if new:
             live.write_state(curve=live.scores.curve)
 
@@ -274,6 +277,7 @@ class OptimizerDaemon:
         final = live.scores.final
         assert final is not None, "a scored trial has a final score"
         publish_final(live.layout, final)
+        reach("optimizer.published")
         live.write_state(
             state="complete",
             reason=final.infeasible_because,
@@ -288,6 +292,7 @@ class OptimizerDaemon:
 
     def _tell(self, live: LiveTrial) -> None:
         """Tell the study what trial_state.json already says; repeating it after a crash is harmless."""
+        reach("optimizer.ended")
         state = live.state
         if state.state == "failed":
             self._study.tell_failed(state.optuna_number, state.reason or "unknown")
@@ -295,6 +300,7 @@ class OptimizerDaemon:
             assert state.value is not None, "a complete trial has a value"
             infeasible_because = None if state.feasible is not False else state.reason
             self._study.tell_complete(state.optuna_number, state.value, infeasible_because)
+        reach("optimizer.told")
         self._live.remove(live)
         self._trials = self._collect()
         write_results(self.layout, self._trials)

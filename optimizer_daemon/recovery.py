@@ -12,6 +12,7 @@ from optimizer_daemon.search.expressions import Value
 from optimizer_daemon.search.space import SearchSpace
 from optimizer_daemon.training_log import TrainingLog
 from shared.errors import StudyMismatchError
+from shared.failpoints import reach
 from shared.files import read_or_set_aside, write_model
 from shared.layout import StudyLayout
 from shared.logs import log_change
@@ -51,10 +52,12 @@ def live_trial(layout: StudyLayout, draw: Draw, space: SearchSpace, *, seed: int
     """Return the trial of a draw; whatever of its folder is missing or damaged is written from the draw."""
     trial = layout.trial_of_optuna(draw.number)
     trial.folder.mkdir(exist_ok=True)
+    reach("optimizer.folder_made")
     params = read_or_set_aside(trial.params, TrialParams, time).content
     if params is None:
         params = params_of(draw, space, seed)
         write_model(trial.params, params)
+        reach("optimizer.params_written")
     reading = read_or_set_aside(trial.state, TrialState, time)
     state = reading.content
     if state is None:

@@ -16,6 +16,7 @@ from optimizer_daemon.scores import TrialScores
 from optimizer_daemon.trainers.base import Progress, TrainerPlugin
 from optimizer_daemon.training_log import TrainingLog, last_lines
 from shared.errors import DiskError, IncompleteCheckpointError, RefusedCheckpointError, UnreadableFileError
+from shared.failpoints import reach
 from shared.files import write_bytes, write_model
 from shared.layout import TrialLayout, writer_of
 from shared.logs import log_change
@@ -92,6 +93,7 @@ class Runner:
         live.process = start_supervised(
             plan.argv, directory=live.layout.folder, cwd=plan.cwd, env={**child_environment(), **plan.env}
         )
+        reach("optimizer.trainer_started")
 
     def adopt(self, live: LiveTrial, now: float) -> bool:
         """Take over the trainer an earlier daemon left; False when nothing of it lives."""
@@ -130,6 +132,7 @@ class Runner:
             for entry in sorted(live.layout.folder.iterdir()):
                 if entry != live.layout.trainer_lock and _is_trainers(entry.name, is_folder=entry.is_dir()):
                     shutil.move(entry, kept.folder / entry.name)
+                    reach("optimizer.remains_moved")
         except OSError as error:
             raise DiskError(kept.folder, error) from error
         log_change(_log, "remains set aside", trial=live.number, folder=kept.folder.relative_to(live.layout.folder))

@@ -29,6 +29,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from shared.errors import DiskError, ResourceError, SchemaVersionError, UnreadableFileError
+from shared.failpoints import reach
 from shared.layout import CORRUPT_MARK, TEMPORARY_MARK
 from shared.process import ProcessIdentity, boot_id
 from shared.schemas.base import SCHEMA_VERSION, checksum_required
@@ -82,7 +83,9 @@ def write_bytes(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}{TEMPORARY_MARK}{writer.pid}-{writer.start_ticks}-{secrets.token_hex(4)}")
     try:
         _write_new(temporary, content)
+        reach("files.written")
         temporary.replace(path)
+        reach("files.replaced")
         _sync_folder(path.parent)
     except OSError as error:
         raise DiskError(path, error) from error

@@ -22,6 +22,7 @@ from optimizer_daemon.lora_training.state import Position, Randomness, load_stat
 from optimizer_daemon.lora_training.stopping import StopWish
 from optimizer_daemon.lora_training.toml_file import line_of_key
 from shared.errors import ResourceError, Stopped
+from shared.failpoints import reach
 
 
 def train(config: TrainConfig, data: TrainingData, base: BaseModel, wish: StopWish) -> None:
@@ -64,6 +65,7 @@ def _train(config: TrainConfig, data: TrainingData, base: BaseModel, wish: StopW
         groups=learner.torch_optimizer.groups,
     ) as reporter:
         _Course(config, data, learner, reporter, identity, metadata).run(start, steps_per_epoch, wish)
+    reach("trainer.finished")
     remove_state(config.state_folder)
 
 
@@ -94,6 +96,7 @@ class _Course:
                     position = Position(epoch, index + 1, position.step + 1)
                     randomness = Randomness.capture(device)
                     reporter.step(position.step, places, losses, learner.rates)
+                    reach("trainer.step")
                 position = Position(epoch + 1, 0, position.step)
                 reporter.end_epoch(epoch)
                 if is_due(config, epoch):
@@ -111,10 +114,12 @@ class _Course:
         path, precision = checkpoint_path(self.config, epoch), self.config.save_precision
         self.reporter.saving(path)
         save_checkpoint(path, self.learner.network, self.metadata, epoch=epoch, step=step, precision=precision)
+        reach("trainer.checkpoint_saved")
 
     def _save_state(self, position: Position, randomness: Randomness) -> None:
         state = self.learner.state(position, randomness, self.reporter.mean.losses, self.identity)
         save_state(self.config.state_folder, state)
+        reach("trainer.state_saved")
 
 
 def _add_gradients(learner: Learner, batch: Batch, wish: StopWish) -> torch.Tensor:

@@ -23,6 +23,7 @@ from optimizer_daemon.optuna_adapter.sampler import DRAW, FeasibleSampler
 from optimizer_daemon.search.expressions import Value
 from optimizer_daemon.search.space import SearchSpace
 from shared.errors import ResourceError, SettingsError, StudyMismatchError
+from shared.failpoints import reach
 
 BUSY_TIMEOUT_S = 60  # another reader of the database may hold it that long
 
@@ -120,7 +121,9 @@ class TuningStudy:
     @_with_remedy
     def ask(self) -> Draw:
         """Draw a new trial; the draw is stored whole before anything else."""
-        return self._completed(self._study.ask())
+        trial = self._study.ask()
+        reach("optimizer.asked")
+        return self._completed(trial)
 
     @_with_remedy
     def running(self) -> list[Draw]:
@@ -169,6 +172,7 @@ class TuningStudy:
         if DRAW not in trial.user_attrs:
             values = self._sampler.draw(self._study, self._frozen(trial.number))
             trial.set_user_attr(DRAW, {"stage": self._stage, "values": values})
+            reach("optimizer.draw_stored")
         for name, distribution in self._sampler.distributions.items():
             match distribution:
                 case CategoricalDistribution():
