@@ -23,7 +23,7 @@ from shared.errors import AlreadyRunningError, ResourceError
 
 _POLL_S = 0.01
 # `is_held` holds a shared lock for some microseconds; an owner who comes just then must wait, not give up.
-_PROBE_PATIENCE_S = 0.1
+_PROBE_PATIENCE_S = 0.5
 _NO_FLOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 

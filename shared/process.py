@@ -169,6 +169,7 @@ def stop(
         killed |= _kill(lambda: [process for process in find() if process not in spared], kill_timeout_s)
         if spared and wait_until_gone(find, kill_timeout_s):
             killed |= _kill(find, kill_timeout_s)
+    _kill_group_of(leader)
     survivors = tuple(process.pid for process in find())
     return StopReport(tuple(terminated), tuple(sorted(killed)), survivors, time.monotonic() - begin)
 
@@ -267,6 +268,16 @@ def _kill(find: Callable[[], list[ProcessIdentity]], timeout_s: float) -> set[in
         killed.update(send_signal(alive, signal.SIGKILL))
         time.sleep(_POLL_S)
     return killed
+
+
+def _kill_group_of(leader: ProcessIdentity | None) -> None:
+    """SIGKILL whatever is left of the group `leader` led.
+
+    Processes that do nothing but fork and end can slip through any look at /proc; no signal to their group misses them.
+    """
+    if leader is not None and leader.exists and leader.pid != os.getpgid(0):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(leader.pid, signal.SIGKILL)
 
 
 def _prctl(option: int, value: int) -> None:

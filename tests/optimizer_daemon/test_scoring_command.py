@@ -76,5 +76,5 @@ def test_stop_ends_the_command_and_leaves_nothing_running(trial):
     scoring.start(trial)
     begin = time.monotonic()
     scoring.stop()
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 60
     assert scoring.scored_now is None

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +35,11 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"did not happen within {PATIENCE_S} s: {what}"
         time.sleep(0.01)
+
+
+def strace_works() -> bool:
+    """Whether strace is there and may trace."""
+    return bool(shutil.which("strace")) and subprocess.run(["strace", "true"], capture_output=True).returncode == 0
 
 
 def is_running(pid: int) -> bool:

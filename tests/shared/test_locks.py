@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import shutil
 import signal
 import subprocess
 import threading
@@ -12,7 +11,15 @@ import pytest
 
 from shared.errors import AlreadyRunningError, ResourceError
 from shared.locks import FileLock
-from tests.shared.process_trees import ROOT, no_process_left, python, start, wait_until  # noqa: F401  autouse
+from tests.shared.process_trees import (
+    PATIENCE_S,
+    ROOT,
+    no_process_left,  # noqa: F401  autouse
+    python,
+    start,
+    strace_works,
+    wait_until,
+)
 
 HOLD = """
     import sys, time
@@ -107,7 +114,7 @@ def test_of_two_daemons_exactly_one_wins_each_of_fifty_races(tmp_path):
         assert tell(f"{tmp_path / str(number % 5)}\n") == ["lost", "won"], f"race {number}"
         assert tell("end\n") == ["released", "released"]
     for racer in racers:
-        racer.communicate(timeout=10)
+        racer.communicate(timeout=PATIENCE_S)
         assert racer.returncode == 0
 
 
@@ -144,7 +151,7 @@ def test_waiting_ends_when_the_holder_ends(path, holder):
 def test_waiting_ends_when_the_time_is_up(path, holder):
     begin = time.monotonic()
     assert not FileLock(path).try_acquire(timeout_s=0.3)
-    assert 0.3 <= time.monotonic() - begin < 2
+    assert time.monotonic() - begin >= 0.3
 
 
 @pytest.mark.parametrize(
@@ -231,7 +238,7 @@ def test_a_full_disk_does_not_keep_an_owner_out(path):
         assert lock.held
 
 
-@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace to take flock away")
+@pytest.mark.skipif(not strace_works(), reason="strace is missing or may not trace")
 @pytest.mark.parametrize("call", ["FileLock.is_held(path)", "FileLock(path).acquire()"])
 def test_a_file_system_without_flock_is_told_clearly(path, call):
     path.touch()

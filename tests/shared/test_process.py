@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 
 import pytest
 
@@ -196,9 +197,10 @@ class TestStop:
         script = """
             import os, signal, sys, time
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            open(sys.argv[1], "w").close()
-            end = time.monotonic() + 20
+            output = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            end = time.monotonic() + 60
             while time.monotonic() < end:
+                os.write(output, b".")
                 if os.fork():
                     os._exit(0)
         """
@@ -206,6 +208,9 @@ class TestStop:
         wait_until(path.exists, "start")
         report = stopped(ProcessIdentity.of(child.pid), term_timeout_s=0.1)
         assert report.survivors == ()
+        beats = path.stat().st_size
+        time.sleep(0.5)
+        assert path.stat().st_size == beats
         child.wait()
 
     def test_our_own_children_are_safe_while_we_hold_the_lock_ourselves(self, tmp_path):

@@ -15,6 +15,7 @@ from shared import files
 from shared.errors import DiskError
 from shared.files import sweep_temp_files, write_bytes, write_text
 from shared.process import ProcessIdentity
+from tests.shared.process_trees import strace_works
 
 ROOT = Path(__file__).parent.parent.parent
 OLD, NEW = b"old content\n", b"new content\n" * 2000
@@ -160,7 +161,7 @@ def full_disk(tmp_path):
                 filler.write(bytes(4096))
         yield path
     finally:
-        subprocess.run(["umount", folder], check=True)
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def test_a_real_full_disk_keeps_the_old_content(full_disk):
@@ -201,10 +202,6 @@ def test_a_real_file_size_limit_keeps_the_old_content(path):
     assert "File too large" in output(start(limited, path))
     assert path.read_bytes() == OLD
     assert list(path.parent.iterdir()) == [path]
-
-
-def strace_works() -> bool:
-    return bool(shutil.which("strace")) and subprocess.run(["strace", "true"], capture_output=True).returncode == 0
 
 
 @pytest.mark.skipif(not strace_works(), reason="strace is missing or may not trace")
