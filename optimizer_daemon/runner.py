@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import re
 import shutil
 import statistics
 from collections import deque
@@ -11,13 +13,21 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import PurePosixPath
 
-from optimizer_daemon.lifecycle import Ending, TrialView, ending_of
+from optimizer_daemon.lifecycle import Action, Ending, TrialView, ending_of, signal_of
+from optimizer_daemon.lora_training.memory import Memory, memory_that_ran_out
 from optimizer_daemon.scores import TrialScores
 from optimizer_daemon.trainers.base import Progress, TrainerPlugin
-from optimizer_daemon.training_log import TrainingLog, last_lines
-from shared.errors import DiskError, IncompleteCheckpointError, RefusedCheckpointError, UnreadableFileError
+from optimizer_daemon.training_log import TrainingLog
+from shared.errors import (
+    DiskError,
+    IncompleteCheckpointError,
+    RefusedCheckpointError,
+    ResourceError,
+    UnreadableFileError,
+)
 from shared.failpoints import reach
-from shared.files import write_bytes, write_model
+from shared.files import sweep_temp_files, write_bytes, write_model
+from shared.gpu_lease import GpuLease
 from shared.layout import TrialLayout, writer_of
 from shared.logs import log_change
 from shared.process import StopReport, child_environment
@@ -28,6 +38,12 @@ from shared.supervised import SupervisedProcess, adopt, start_supervised
 SHORTEST_PATIENCE_S = 600.0
 PATIENCE_STEPS = 20  # times the median step
 QUOTED_LINES = 20
+LOST_TERM_TIMEOUT_S = 10.0  # a training that is given up has nothing to save, only its GPU to leave in order
+LOST_KILL_TIMEOUT_S = 10.0
+HOST = "host"  # among the memories a trial ran short of; the others are GPUs
+
+_WHERE = "; it ended "  # before it a reason says what happened, behind it where and the last lines
+_KIND_CHARACTERS = 100
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +61,9 @@ class LiveTrial:
         scores: what the evaluator has recorded so far.
         progress: what the training said last.
         last_progress: when, in seconds of the monotonic clock.
+        first_not_finite: the step since which its loss is no number; None while it is one.
+        step_seconds: seconds per step, as it said them.
+        leases: GPUs taken for its next start.
     """
 
     layout: TrialLayout
@@ -55,7 +74,9 @@ class LiveTrial:
     scores: TrialScores = field(default_factory=TrialScores)
     progress: Progress | None = None
     last_progress: float = 0.0
+    first_not_finite: int | None = None
     step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=100))
+    leases: list[GpuLease] = field(default_factory=list)
 
     @property
     def number(self) -> int:
@@ -79,8 +100,19 @@ class Runner:
         self._trainer = trainer
         self._run = run
 
+    def may_start(self, live: LiveTrial) -> bool:
+        """Take the GPUs that a trial must have to itself; False as long as an evaluator still works there."""
+        gpus = [name for name in live.state.ran_short_of if name != HOST]
+        try:
+            for gpu in gpus[len(live.leases) :]:
+                live.leases.append(GpuLease(gpu, "exclusive trainer", inheritable=True).acquire())
+        except ResourceError:
+            return False
+        return True
+
     def start(self, live: LiveTrial, now: float) -> None:
         """Start the training; from its saved state where there is one."""
+        sweep_temp_files(live.layout.folder)
         plan = self._trainer.plan(live.params, live.layout, self._run)
         for path, text in plan.files.items():
             target = live.layout.folder / path
@@ -88,11 +120,18 @@ class Runner:
             write_bytes(target, text.encode())
         live.log = TrainingLog(live.layout.training_log)
         live.log.skip_to_end()
-        live.progress, live.last_progress = None, now
+        live.progress, live.last_progress, live.first_not_finite = None, now, None
         live.step_seconds.clear()
         live.process = start_supervised(
-            plan.argv, directory=live.layout.folder, cwd=plan.cwd, env={**child_environment(), **plan.env}
+            plan.argv,
+            directory=live.layout.folder,
+            cwd=plan.cwd,
+            env={**child_environment(), **plan.env},
+            pass_fds=[descriptor for lease in live.leases for descriptor in lease.filenos()],
         )
+        for lease in live.leases:
+            lease.release()  # our copies only: the trainer's tree holds its own
+        live.leases.clear()
         reach("optimizer.trainer_started")
 
     def adopt(self, live: LiveTrial, now: float) -> bool:
@@ -103,12 +142,16 @@ class Runner:
 
     def follow(self, live: LiveTrial, now: float) -> Iterator[Progress]:
         """Read what the training said since the last look; yield each epoch's first line once `live` has it."""
-        for line in live.log.new_lines():
+        for line in _lines(live.log):
             progress = self._trainer.parse_progress(line)
             if progress is None or progress == live.progress:
                 continue
             before, live.progress = live.progress, progress
             live.last_progress = now
+            if progress.loss is not None and math.isfinite(progress.loss):
+                live.first_not_finite = None
+            elif progress.loss is not None and live.first_not_finite is None:
+                live.first_not_finite = progress.step
             if progress.seconds_per_step is not None:
                 live.step_seconds.append(progress.seconds_per_step)
             if progress.epoch is not None and (before is None or before.epoch != progress.epoch):
@@ -119,6 +162,38 @@ class Runner:
         if live.process is None:
             return None
         return live.process.stop(term_timeout_s=term_timeout_s, kill_timeout_s=kill_timeout_s)
+
+    def give_up(self, live: LiveTrial, action: Action) -> str:
+        """End a training that is lost; say why."""
+        report = self.stop(live, term_timeout_s=LOST_TERM_TIMEOUT_S, kill_timeout_s=LOST_KILL_TIMEOUT_S)
+        if action is Action.STOP_DIVERGED:
+            why = (
+                f"diverged: the loss was {live.progress and live.progress.loss} for {_not_finite_steps(live)} steps; "
+                "lower the learning rates, or train with mixed_precision bf16 or no"
+            )
+        else:
+            why = (
+                f"hung: no progress line for {_patience_s(live):.0f} s; see whether the GPU, its driver or the disk of "
+                "the pictures stands still"
+            )
+        if report is not None and report.killed:
+            why += "; it did not heed SIGTERM and was killed"
+        if report is not None and report.survivors:
+            why += f"; even SIGKILL did not end {', '.join(map(str, report.survivors))}, restart the machine"
+        return self._with_last_lines(live, why)
+
+    def excuse(self, live: LiveTrial) -> None:
+        """Write down that memory ran short beside others, so that the training begins again without being blamed."""
+        record = _exit_record(live.layout)
+        assert record is not None, "only a record tells of others"
+        gpus = record.evaluators_on if signal_of(record) is None else ()
+        reason = (
+            f"out of memory on GPU {', '.join(gpus)}, where an evaluator was at work; trained again with it alone"
+            if gpus
+            else "out of memory on the host: the kernel killed the training; trained again once"
+        )
+        live.write_state(state="interrupted", reason=reason, ran_short_of=gpus or (HOST,))
+        log_change(_log, "trial excused", level=logging.WARNING, trial=live.number, reason=reason)
 
     def set_aside(self, live: LiveTrial) -> None:
         """Move everything the trainer wrote to attempts/NN/, so that a redo starts on a clean folder.
@@ -140,7 +215,6 @@ class Runner:
     def view(self, live: LiveTrial, *, told: bool, evaluator_busy: bool) -> TrialView:
         """Return the trial as it stands."""
         alive = live.process is not None and live.process.is_alive
-        median_s = statistics.median(live.step_seconds) if live.step_seconds else 0.0
         return TrialView(
             state=live.state.state,
             told=told,
@@ -151,27 +225,80 @@ class Runner:
             resumable=not alive and live.layout.training_state.exists(),
             final_complete=not alive and _is_whole(live.layout),
             last_progress=live.last_progress,
-            patience_s=max(SHORTEST_PATIENCE_S, PATIENCE_STEPS * median_s),
+            patience_s=_patience_s(live),
+            not_finite_steps=_not_finite_steps(live),
+            excused=bool(live.state.ran_short_of),
             scoring=live.scores.scoring,
             evaluator_busy=evaluator_busy,
         )
 
     def ending(self, live: LiveTrial) -> Ending:
         """Return how the training of a trial ended."""
-        return ending_of(_exit_record(live.layout))
+        record = _exit_record(live.layout)
+        if record is None or record.exit_status == 0:
+            return ending_of(record)
+        lines = live.log.last_lines(QUOTED_LINES)
+        return ending_of(record, gpu_memory_ran_out=_memory_of(lines) == "GPU")
+
+    def ended_well(self, live: LiveTrial) -> bool:
+        """Whether the training came to its end; one that was stopped may end with status 0, too."""
+        return self.ending(live) == "finished" and _is_whole(live.layout)
 
     def why_failed(self, live: LiveTrial) -> str:
-        """Say why a training that ended has failed, with its last lines where it does not say it itself."""
-        record = _exit_record(live.layout)
-        lines = last_lines(live.layout.training_log, QUOTED_LINES)
-        if record is not None and ending_of(record) == "failed":
-            return self._trainer.diagnose(record, lines)
-        quoted = " | ".join(lines) or "(nothing)"
-        log = f"tail -100 {live.layout.training_log}"
-        if record is not None and ending_of(record) == "finished":
+        """Say why a training that ended has failed: cause, remedy, how far it was, its last lines."""
+        record, ending = _exit_record(live.layout), self.ending(live)
+        if record is not None and ending in ("failed", "squeezed"):
+            lines = live.log.last_lines(QUOTED_LINES)
+            return self._with_last_lines(live, self._trainer.diagnose(record, lines))
+        if record is not None and ending == "finished":
             final = live.layout.final_checkpoint.name
-            return f"missing checkpoint: the training ended well but left no whole {final}; see {log}: {quoted}"
-        return f"interrupted: the training was ended from outside {live.state.attempt} times; see {log}: {quoted}"
+            why = f"missing checkpoint: the training ended with exit status 0 but left no whole {final}; make it save"
+            return self._with_last_lines(live, f"{why} its last epoch under that name")
+        number = signal_of(record) if record is not None else None
+        by = f"signal {number}" if number is not None else "a signal that took its supervisor too"
+        return self._with_last_lines(
+            live,
+            f"killed too often: {live.state.attempt} attempts were ended from outside, the last by {by}; look for who "
+            "does it, dmesg names the kernel's own kills",
+        )
+
+    def _with_last_lines(self, live: LiveTrial, why: str) -> str:
+        lines = live.log.last_lines(QUOTED_LINES)
+        quoted = " | ".join(lines) or "(nothing)"
+        return f"{why}{_WHERE}{_how_far(live)}; last lines of {live.layout.training_log}: {quoted}"
+
+
+def _lines(log: TrainingLog) -> Iterator[str]:
+    yield from log.new_lines()
+    yield log.unfinished
+
+
+def kind_of(reason: str) -> str:
+    """Return what equal failures have in common: no numbers, as in paths and steps, and no quoted lines."""
+    return re.sub(r"[0-9]+", "", reason.partition(_WHERE)[0])[:_KIND_CHARACTERS]
+
+
+def _patience_s(live: LiveTrial) -> float:
+    median_s = statistics.median(live.step_seconds) if live.step_seconds else 0.0
+    return max(SHORTEST_PATIENCE_S, PATIENCE_STEPS * median_s)
+
+
+def _not_finite_steps(live: LiveTrial) -> int:
+    if live.first_not_finite is None or live.progress is None:
+        return 0
+    return max(1, live.progress.step - live.first_not_finite + 1)
+
+
+def _how_far(live: LiveTrial) -> str:
+    progress = live.progress
+    if progress is None or progress.preparing is not None or progress.step == 0:
+        return "before its first step"
+    epoch = "" if progress.epoch is None else f" of epoch {progress.epoch}"
+    return f"at step {progress.step}/{progress.steps}{epoch}"
+
+
+def _memory_of(lines: list[str]) -> Memory | None:
+    return memory_that_ran_out("\n".join(lines))
 
 
 def _exit_record(trial: TrialLayout) -> TrainerExit | None:

@@ -26,6 +26,8 @@ from shared.locks import FileLock
 
 GpuUse = Literal["evaluator", "sharing trainer", "exclusive trainer"]
 
+_TURN = ".evaluator.lock"  # held by the one evaluator whose turn it is
+
 
 class GpuLease:
     """The right to use one GPU; also a context manager that acquires, without waiting, on entry.
@@ -42,7 +44,7 @@ class GpuLease:
         folder = lease_folder()
         self.gpu_uuid = gpu_uuid
         card = FileLock(folder / f"gpu-{gpu_uuid}.lock", shared=use != "exclusive trainer", inheritable=inheritable)
-        turn = FileLock(folder / f"gpu-{gpu_uuid}.evaluator.lock", inheritable=inheritable)
+        turn = FileLock(folder / f"gpu-{gpu_uuid}{_TURN}", inheritable=inheritable)
         self._locks = [turn, card] if use == "evaluator" else [card]
 
     def acquire(self, timeout_s: float = 0.0) -> Self:
@@ -79,6 +81,15 @@ class GpuLease:
         self.release()
 
 
+def gpus_of_evaluators() -> set[str]:
+    """UUIDs of the GPUs that evaluators of this user hold now; none on a machine where no lease was ever taken."""
+    folder = _lease_path()
+    if not folder.is_dir() or folder.stat().st_uid != os.getuid():
+        return set()
+    named = {path.name.removeprefix("gpu-").removesuffix(_TURN): path for path in folder.glob(f"gpu-*{_TURN}")}
+    return {gpu_uuid for gpu_uuid, path in named.items() if FileLock.is_held(path)}
+
+
 def lease_folder() -> Path:
     """The folder all processes of this user agree on, made when missing.
 
@@ -88,12 +99,16 @@ def lease_folder() -> Path:
     Raises:
         ResourceError: somebody else owns the folder.
     """
-    runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}")
-    owned = os.access(runtime, os.W_OK | os.X_OK) and runtime.stat().st_uid == os.getuid()
-    folder = runtime / "lora-tuner" if owned else Path(f"/tmp/lora-tuner-{os.getuid()}")
+    folder = _lease_path()
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     status = folder.lstat()
     if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode):
         raise ResourceError(f"{folder} belongs to somebody else; remove it or set XDG_RUNTIME_DIR to a folder of yours")
     return folder
+
+
+def _lease_path() -> Path:
+    runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}")
+    owned = os.access(runtime, os.W_OK | os.X_OK) and runtime.stat().st_uid == os.getuid()
+    return runtime / "lora-tuner" if owned else Path(f"/tmp/lora-tuner-{os.getuid()}")

@@ -10,7 +10,7 @@ While it lives this process is the parent of every orphan of the tree. When the 
 behind gets `--leftover-timeout` seconds, then SIGTERM, and as long again before SIGKILL. SIGTERM and SIGINT are passed
 on to the whole tree (SIGHUP as SIGTERM); what is left after `--stop-timeout` seconds is killed. When nothing is left
 the exit file is written, and only then is the lock given up: a free lock without an exit file means that this process
-was killed.
+was killed. A log that outgrows the disk's share of it loses its middle, see shared.bounded_log.
 
 Exit status: the command's own, 128 + n when signal n ended it, 127 when it was not found, 126 when it could not start.
 """
@@ -22,6 +22,7 @@ import contextlib
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -29,11 +30,21 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+from shared.bounded_log import bound
 from shared.errors import DiskError, LabError, UserError
+from shared.gpu_lease import gpus_of_evaluators
 from shared.layout import TrialLayout
 from shared.locks import FileLock
-from shared.process import adopt_orphans, child_environment, descendants, die_with_parent, send_signal
+from shared.process import (
+    ProcessIdentity,
+    adopt_orphans,
+    child_environment,
+    descendants,
+    die_with_parent,
+    send_signal,
+)
 
 STOP_TIMEOUT_S = 60.0
 LEFTOVER_TIMEOUT_S = 10.0
@@ -41,7 +52,8 @@ LEFTOVER_TIMEOUT_S = 10.0
 _KILL_AGAIN_S = 0.2  # a process may fork between our look and our signal
 _RECORD_PATIENCE_S = 30.0  # a full disk may have ended the training, and its clean-up may free some of it
 _NOT_FOUND, _CANNOT_START = 127, 126  # as shells have it
-_NEVER_S = 3600.0
+_LOOK_EVERY_S = 0.5  # at the log's size and at who uses the GPUs
+_LAST_SECONDS = 10.0  # a training that ran out of memory may take that long to end
 # Ours are ignored or handled by Python; the command starts with the system's defaults.
 _RESTORED = (signal.SIGTERM, signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ)
 
@@ -61,10 +73,13 @@ class _Command:
     def __init__(self, argv: Sequence[str], stop_timeout_s: float, leftover_timeout_s: float) -> None:
         self.argv = argv
         self.pid = os.getpid()  # until the command has its own
+        self.identity: ProcessIdentity | None = None
         self.wait_status: int | None = None  # as waitpid(2) gives it
         self.started = self.ended = datetime.now().astimezone()
         self.seconds = 0.0
         self._begin = time.monotonic()
+        self._oom_kills = _oom_kills()
+        self._seen_on: dict[str, float] = {}  # GPU -> when an evaluator last held it
         self._stop_timeout_s = stop_timeout_s
         self._leftover_timeout_s = leftover_timeout_s
         self._steps: list[tuple[float, signal.Signals]] = []  # (when, by the monotonic clock; what whoever lives gets)
@@ -75,25 +90,61 @@ class _Command:
             os.chdir(cwd)
             with log.open("ab") as output:
                 self.pid = _spawn(self.argv, env, lock_fd, output.fileno())
+            self.identity = ProcessIdentity.of(self.pid)
         except OSError as error:
             self._note_end((_NOT_FOUND if isinstance(error, _CommandNotFoundError) else _CANNOT_START) << 8)
             where = f" ({error.filename})" if error.filename else ""
             _say(log, f"{self.argv[0]!r} cannot be started: {error.strerror}{where}")
 
-    def watch(self, signals: set[signal.Signals]) -> None:
+    def watch(self, signals: set[signal.Signals], log: Path) -> None:
         """Wait until nothing of the tree is left, pass `signals` on and take the steps that are due."""
         while self._collect():
             now = time.monotonic()
+            self._bound(log)
+            if self.wait_status is None:
+                self._note_evaluators()
             if self._steps and self._steps[0][0] <= now:
                 _, number = self._steps.pop(0)
                 send_signal(descendants(), number)
                 if number == signal.SIGKILL:
                     self._steps = [(now + _KILL_AGAIN_S, number)]
                 continue
-            received = signal.sigtimedwait(signals, self._steps[0][0] - now if self._steps else _NEVER_S)
+            wait_s = min(_LOOK_EVERY_S, self._steps[0][0] - now) if self._steps else _LOOK_EVERY_S
+            received = signal.sigtimedwait(signals, wait_s)
             if received and received.si_signo != signal.SIGCHLD:
                 send_signal(descendants(), signal.SIGINT if received.si_signo == signal.SIGINT else signal.SIGTERM)
                 self._steps = self._steps[-1:] if self._steps else [(now + self._stop_timeout_s, signal.SIGKILL)]
+        self._bound(log)  # for what was said since the last look
+
+    def record(self) -> dict[str, Any]:
+        """Return what is known of the end, by the names of the exit file's fields."""
+        assert self.wait_status is not None, "nothing is left, so the command has ended"
+        code = os.waitstatus_to_exitcode(self.wait_status)
+        before, after = self._oom_kills, _oom_kills()
+        return {
+            "command": tuple(_text(word) for word in self.argv),
+            "pid": self.pid,
+            "exit_status": code if code >= 0 else None,
+            "signal": -code if code < 0 else None,
+            "started": self.started,
+            "ended": self.ended,
+            "seconds": self.seconds,
+            "start_ticks": self.identity and self.identity.start_ticks,
+            "boot_id": self.identity and self.identity.boot_id,
+            "peak_memory": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,  # Linux counts in KiB
+            "oom_kills": None if before is None or after is None else after - before,
+            "evaluators_on": tuple(
+                sorted(gpu for gpu, at in self._seen_on.items() if at >= self._begin + self.seconds - _LAST_SECONDS)
+            ),
+        }
+
+    def _bound(self, log: Path) -> None:
+        with contextlib.suppress(OSError):  # a sick disk shows in the training itself
+            bound(log)
+
+    def _note_evaluators(self) -> None:
+        with contextlib.suppress(LabError, OSError):  # a lock that cannot be looked at tells nothing
+            self._seen_on |= dict.fromkeys(gpus_of_evaluators(), time.monotonic())
 
     def _collect(self) -> bool:
         """Wait for every process that has ended; False when none is left."""
@@ -111,6 +162,7 @@ class _Command:
                     self._steps = [(told, signal.SIGTERM), (killed, signal.SIGKILL)]
 
     def _note_end(self, wait_status: int) -> None:
+        self._note_evaluators()
         self.wait_status = wait_status
         self.ended = datetime.now().astimezone()
         self.seconds = time.monotonic() - self._begin
@@ -161,20 +213,10 @@ def _supervise(options: argparse.Namespace) -> int:
     from shared.files import write_model
     from shared.schemas.trainer import TrainerExit
 
-    command.watch(signals)
-    assert command.wait_status is not None, "nothing is left, so the command has ended"
-    code = os.waitstatus_to_exitcode(command.wait_status)
-    record = TrainerExit(
-        command=tuple(_text(word) for word in command.argv),
-        pid=command.pid,
-        exit_status=code if code >= 0 else None,
-        signal=-code if code < 0 else None,
-        started=command.started,
-        ended=command.ended,
-        seconds=command.seconds,
-    )
+    command.watch(signals, options.log)
+    record = TrainerExit(**command.record())
     _persist(lambda: write_model(options.exit_file, record))
-    return code if code >= 0 else 128 - code
+    return record.exit_status if record.exit_status is not None else 128 + (record.signal or 0)
 
 
 def _persist(write: Callable[[], None]) -> None:
@@ -207,6 +249,16 @@ def _spawn(argv: Sequence[str], env: Mapping[str, str], lock_fd: int, log_fd: in
         )
     except ValueError as error:  # a variable's name with "=", or a zero byte
         raise OSError(errno.EINVAL, str(error)) from error
+
+
+def _oom_kills() -> int | None:
+    """How many processes the kernel has killed for want of memory since boot; None where it does not count them."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines():
+            name, _, count = line.partition(" ")
+            if name == "oom_kill":
+                return int(count)
+    return None
 
 
 def _lead_a_session() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from shared.files import write_bytes
 from shared.planning import digest_model
 
 _LATENT = "latent"
+_SAY_EVERY_S = 1.0
 
 
 class Latents:
@@ -87,8 +89,8 @@ def load_latents(
     _make(folder)
     vae: AutoencoderKL | None = None
     tensors: dict[str, Tensor] = {}
-    encoded = 0
-    for image in images:
+    encoded, said_at = 0, time.monotonic()
+    for number, image in enumerate(images, 1):
         for flipped in (False, True) if image.subset.flip_aug else (False,):
             name = latent_name(image, flipped=flipped)
             if name in tensors:
@@ -100,6 +102,9 @@ def load_latents(
                 latent = encode(vae, image, flipped=flipped)
                 write_bytes(folder / name, to_bytes({_LATENT: latent}))
                 encoded += 1
+                if time.monotonic() - said_at >= _SAY_EVERY_S:  # who watches takes silence for a hang
+                    print(f"encoding latents: {number}/{len(images)} images", flush=True)
+                    said_at = time.monotonic()
             tensors[name] = (latent * base.latent_scale).to(hardware.device)
     return Latents(tensors, encoded)
 

@@ -7,8 +7,10 @@ from typing import Literal
 
 Memory = Literal["GPU", "host"]
 
-_GPU = re.compile(r"CUDA out of memory|OutOfMemoryError|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED")
-_HOST = re.compile(r"DefaultCPUAllocator|Cannot allocate memory|\bMemoryError\b")
+_GPU = re.compile(
+    r"CUDA out of memory|OutOfMemoryError|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|out of memory on the GPU"
+)
+_HOST = re.compile(r"DefaultCPUAllocator|Cannot allocate memory|\bMemoryError\b|out of memory on the host")
 
 
 def memory_that_ran_out(text: str) -> Memory | None:
@@ -38,4 +40,4 @@ def out_of_memory(
         remedies.append("set gradient_checkpointing = true")
     remedies.append("use a smaller network_dim" + (f" than {network_dim}" if network_dim is not None else ""))
     last = "pass --gpu-policy defer" if memory == "GPU" else "close other programs"
-    return f"out of {memory} memory: {', '.join(remedies)}, or {last}"
+    return f"out of memory on the {memory}: {', '.join(remedies)}, or {last}"

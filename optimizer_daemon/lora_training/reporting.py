@@ -40,7 +40,9 @@ class MeanLoss:
 
     @property
     def value(self) -> float:
-        return math.fsum(self.losses) / len(self.losses) if self.losses else math.nan
+        """The mean of those that are numbers: fp16 skips a step at times, and recovers."""
+        finite = [loss for loss in self.losses if math.isfinite(loss)]
+        return math.fsum(finite) / len(finite) if finite else math.nan
 
 
 class Reporter:
@@ -160,5 +162,6 @@ class Reporter:
                 self._board.add_scalar(f"lr/{group}", rate, step)
 
     def _draw(self) -> None:
-        loss = {"avr_loss": self.mean.value} if self.mean.losses else {}
+        # Whoever watches stops a training that says NaN for long, so it is said only of the latest step.
+        loss = {"avr_loss": math.nan if self._not_finite else self.mean.value} if self.mean.losses else {}
         self._bar.set_postfix({**loss, "epoch": f"{self._epoch}/{self._epochs}"}, refresh=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from shared.layout import TrialLayout
 from shared.schemas import Run, TrainerExit, TrialParams
@@ -36,6 +36,7 @@ class Progress:
         epoch: the running epoch, counted from 1; None where the line does not tell.
         step: optimizer steps done.
         steps: optimizer steps of the whole training.
+        preparing: what is done before the first step, such as "latents"; `step` and `steps` then count that.
         loss: mean loss over about one epoch; may be NaN.
         seconds_per_step: mean so far.
         eta_s: seconds to the end, by the trainer's estimate.
@@ -47,6 +48,7 @@ class Progress:
     loss: float | None = None
     seconds_per_step: float | None = None
     eta_s: float | None = None
+    preparing: str | None = None
 
 
 class TrainerPlugin(Protocol):
@@ -69,10 +71,23 @@ class TrainerPlugin(Protocol):
         ...
 
     def diagnose(self, record: TrainerExit | None, last_lines: Sequence[str]) -> str:
-        """Say in one line why a training failed and what helps.
+        """Say in one sentence why a training failed and what helps; its last lines are quoted behind it anyway.
 
         Args:
             record: how it ended; None when its supervisor was killed.
             last_lines: the end of training.log.
+        """
+        ...
+
+
+@runtime_checkable
+class ChecksInput(Protocol):
+    """What a trainer may offer besides: a look at all that its trainings will read, before the study begins."""
+
+    def check_input(self, base_model: Path, dataset_config: Path) -> None:
+        """Look at the base model, the data set and each of its pictures.
+
+        Raises:
+            UserError: something of it cannot be trained with.
         """
         ...

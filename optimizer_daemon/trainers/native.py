@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from optimizer_daemon.lora_training.base_model import inspect_base_model
 from optimizer_daemon.lora_training.config import TrainConfig, to_toml
+from optimizer_daemon.lora_training.optimizer_names import require_optimizer
 from optimizer_daemon.lora_training.toml_file import closest
 from optimizer_daemon.trainers.base import LaunchPlan, Progress
 from optimizer_daemon.trainers.diagnosis import explain
-from optimizer_daemon.trainers.progress import parse_bar
+from optimizer_daemon.trainers.progress import parse_bar, parse_preparation
 from shared.errors import SettingsError, UserError
 from shared.layout import TrialLayout
+from shared.planning import require_base_model
 from shared.schemas import Run, TrainerExit, TrialParams
 from shared.schemas.base import Scalar
 from shared.strict_json import first_fault
@@ -28,6 +32,18 @@ _SOURCE_ROOT = Path(__file__).resolve().parents[2]
 class NativeTrainer:
     """Stable Diffusion 1.5 LoRA training in a process of its own."""
 
+    def check_input(self, base_model: Path, dataset_config: Path) -> None:
+        """See that the base model is one to train and whole, and that every picture decodes and has its caption.
+
+        Raises:
+            UserError: something of it will not do.
+        """
+        require_base_model(base_model)
+        base = inspect_base_model(base_model, setting="--base-model")
+        # By name: only this check needs the imaging library, the plans do not.
+        dataset: Any = importlib.import_module("optimizer_daemon.lora_training.dataset")
+        dataset.check_data(dataset_config, multiple_of=base.vae_factor)
+
     def plan(self, params: TrialParams, trial: TrialLayout, run: Run, gpu: str | None = None) -> LaunchPlan:
         """Return the plan; a parameter may be any setting of train_config.toml, or `optimizer_args.<name>`.
 
@@ -39,6 +55,7 @@ class NativeTrainer:
         values = _of_study(run, trial) | _of_trial(params)
         try:
             config = TrainConfig.model_validate(values)
+            require_optimizer(config.optimizer_type)
         except ValidationError as error:
             raise UserError(f"trial parameters: {first_fault(error, values)}; correct the search space") from error
         threads = str(run.threads_per_process)
@@ -60,11 +77,11 @@ class NativeTrainer:
         )
 
     def parse_progress(self, line: str) -> Progress | None:
-        """Read the progress bar."""
-        return parse_bar(line)
+        """Read the progress bar, and what is said before there is one."""
+        return parse_bar(line) or parse_preparation(line)
 
     def diagnose(self, record: TrainerExit | None, last_lines: Sequence[str]) -> str:
-        """Return the training's own error line, or what its end and its last lines say."""
+        """Return the training's own error line, or what its end and its last lines mean."""
         return explain(record, last_lines)
 
 

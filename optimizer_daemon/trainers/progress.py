@@ -17,6 +17,7 @@ _BAR = re.compile(
 )
 _LOSS = re.compile(r"avr_loss=([-+]?(?:[\d.]+(?:e[-+]?\d+)?|nan|inf))", re.IGNORECASE)
 _EPOCH = re.compile(r"epoch=(\d+)")
+_PREPARATION = re.compile(r"encoding (?P<what>latents): (?P<done>\d+)/(?P<all>\d+)")
 
 
 def parse_bar(line: str) -> Progress | None:
@@ -34,6 +35,12 @@ def parse_bar(line: str) -> Progress | None:
         seconds_per_step=_seconds_per_step(bar["rate"], bar["unit"]),
         eta_s=_seconds(bar["eta"]),
     )
+
+
+def parse_preparation(line: str) -> Progress | None:
+    """Read what the native trainer says while it encodes images, before its first step."""
+    found = _PREPARATION.search(line)
+    return found and Progress(None, int(found["done"]), int(found["all"]), preparing=found["what"])
 
 
 def _seconds_per_step(rate: str, unit: str) -> float | None:

@@ -179,7 +179,7 @@ class Attempt(Record):
 
 
 class Quarantine(Record):
-    """Why a checkpoint is not tried again by itself."""
+    """Why a checkpoint is not tried again until its file changes or somebody asks for it."""
 
     code: Name = Field(description="Short stable word: three_strikes, suspect, or the code of a refused file.")
     reason: Name = Field(description="The sentence for people.")
@@ -199,7 +199,7 @@ class CheckpointRecord(Record):
         description="waiting for an evaluation, evaluating, recorded, quarantined, or truncated until the file changes."
     )
     attempts: tuple[Attempt, ...] = Field(default=(), description="Every try since the last retry request.")
-    quarantine: Quarantine | None = Field(default=None, description="Why it is quarantined.")
+    quarantine: Quarantine | None = Field(default=None, description="Why it is quarantined or truncated.")
     same_as: str | None = Field(default=None, description="Checkpoint of equal content whose evaluation stands for it.")
 
     @property
@@ -215,7 +215,8 @@ class CheckpointRecord(Record):
 
     @model_validator(mode="after")
     def _status_follows(self) -> Self:
-        if (self.status == "quarantined") != (self.quarantine is not None):
+        reasons = {"quarantined": (True,), "truncated": (True, False)}.get(self.status, (False,))
+        if (self.quarantine is not None) not in reasons:
             raise ValueError(f"status {self.status} and quarantine contradict each other")
         if (self.status == "evaluating") != any(attempt.outcome == "running" for attempt in self.attempts):
             raise ValueError(f"status {self.status} and the attempts contradict each other")

@@ -116,6 +116,11 @@ class TrialState(VersionedFile):
     reason: str | None = Field(default=None, description="Why, for pruned, failed and interrupted.")
     attempt: int = Field(ge=1, description="Which attempt this is; a redo from zero counts one up.")
     resumes: Count = Field(default=0, description="How often this attempt went on from its training state.")
+    ran_short_of: tuple[Name, ...] = Field(
+        default=(),
+        description="Memory that ran out while others used it too: the host's, or GPUs by UUID. That is excused once: "
+        "the trial trained again, with those GPUs to itself.",
+    )
     drawn: Time = Field(description="When the parameters were drawn.")
     started: Time | None = Field(default=None, description="When this attempt's training started.")
     ended: Time | None = Field(default=None, description="When the trial reached its final state.")

@@ -6,7 +6,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from shared.schemas.base import Name, Seconds, Time, VersionedFile
+from shared.schemas.base import Bytes, Count, Name, Seconds, Time, VersionedFile
 
 
 class TrainerExit(VersionedFile):
@@ -19,6 +19,20 @@ class TrainerExit(VersionedFile):
     started: Time = Field(description="When it was started.")
     ended: Time = Field(description="When it ended.")
     seconds: Seconds = Field(description="How long it ran by the monotonic clock.")
+    start_ticks: Count | None = Field(
+        default=None,
+        description="When its process started, in clock ticks since boot; with pid and boot_id its identity.",
+    )
+    boot_id: Name | None = Field(default=None, description="The kernel's name of that boot.")
+    peak_memory: Bytes | None = Field(
+        default=None, description="Most host memory that any one of its processes had resident at once."
+    )
+    oom_kills: Count | None = Field(
+        default=None, description="Processes that the kernel killed for want of memory on this machine while it ran."
+    )
+    evaluators_on: tuple[Name, ...] = Field(
+        default=(), description="GPUs, by UUID, that an evaluator held in its last seconds."
+    )
 
     @model_validator(mode="after")
     def _one_ending(self) -> Self:

@@ -8,7 +8,15 @@ from datetime import datetime
 
 import pytest
 
-from optimizer_daemon.lifecycle import MOST_ATTEMPTS, MOST_RESUMES, Action, TrialView, ending_of, next_action
+from optimizer_daemon.lifecycle import (
+    MOST_ATTEMPTS,
+    MOST_NOT_FINITE,
+    MOST_RESUMES,
+    Action,
+    TrialView,
+    ending_of,
+    next_action,
+)
 from shared.schemas import TERMINAL_STATES, TrainerExit
 
 NOW = 1000.0
@@ -25,16 +33,28 @@ TABLE = [
      replace(TRAINING, trainer_alive=True, last_progress=NOW - 601), Action.STOP_HUNG),
     ("a trainer with slow steps gets more patience",
      replace(TRAINING, trainer_alive=True, last_progress=NOW - 601, patience_s=900), Action.WATCH),
+    ("one whose loss is no number for 20 steps is stopped",
+     replace(TRAINING, trainer_alive=True, not_finite_steps=MOST_NOT_FINITE), Action.STOP_DIVERGED),
+    ("one step less may be an overflow that fp16 leaves out",
+     replace(TRAINING, trainer_alive=True, not_finite_steps=MOST_NOT_FINITE - 1), Action.WATCH),
     ("a finished training with its final checkpoint is trained",
      replace(TRAINING, ending="finished", final_complete=True), Action.MARK_TRAINED),
     ("a finished training without one has failed", replace(TRAINING, ending="finished"), Action.FAIL),
     ("a training that failed by itself has failed, final checkpoint or not",
      replace(TRAINING, ending="failed", final_complete=True), Action.FAIL),
+    ("one that failed by itself would fail again from its saved state", replace(DEAD, ending="failed"), Action.FAIL),
+    ("memory that others used too is excused", replace(DEAD, ending="squeezed"), Action.EXCUSE),
+    ("but only once", replace(DEAD, ending="squeezed", excused=True), Action.FAIL),
+    ("an excused training goes on from its state",
+     replace(DEAD, state="interrupted", ending="squeezed", excused=True), Action.RESUME),
+    ("an excused training without a state is redone, and no attempt is counted",
+     TrialView("interrupted", ending="squeezed", excused=True, attempt=MOST_ATTEMPTS), Action.REDO),
     ("a training somebody killed goes on from its state", replace(DEAD, ending="stopped"), Action.RESUME),
     ("so does one whose supervisor was killed, too", DEAD, Action.RESUME),
     ("without a state it is redone", replace(DEAD, resumable=False), Action.REDO),
     ("a supervisor killed after the last checkpoint changes nothing", replace(DEAD, final_complete=True),
      Action.MARK_TRAINED),
+    ("nor does a trainer killed after it", replace(DEAD, ending="stopped", final_complete=True), Action.MARK_TRAINED),
     ("a training that never started is redone", TrialView("training"), Action.REDO),
     ("after three redos it has failed", replace(DEAD, resumable=False, attempt=MOST_ATTEMPTS), Action.FAIL),
     ("one that is killed again and again is redone at last", replace(DEAD, resumes=MOST_RESUMES), Action.REDO),
@@ -42,6 +62,9 @@ TABLE = [
      Action.RESUME),
     ("an interrupted trial without a state is redone, however often",
      TrialView("interrupted", ending="stopped", attempt=MOST_ATTEMPTS), Action.REDO),
+    ("an interrupted trial whose trainer took our stop for a failure goes on",
+     replace(DEAD, state="interrupted", ending="failed"), Action.RESUME),
+    ("or for its end", replace(DEAD, state="interrupted", ending="finished"), Action.RESUME),
     ("a training that ended well while it was being stopped is trained",
      TrialView("interrupted", ending="finished", final_complete=True), Action.MARK_TRAINED),
     ("a trained trial is scored by ourselves when nobody else does", TRAINED, Action.EVALUATE),
@@ -68,11 +91,11 @@ def test_every_view_has_an_action_and_a_living_trainer_is_never_joined_by_anothe
     states = ("drawn", "training", "trained", "complete", "pruned", "failed", "interrupted")
     flags = itertools.product(
         states, (False, True), (1, MOST_ATTEMPTS), (0, MOST_RESUMES), (False, True),
-        ("finished", "stopped", "failed", "unknown"), (False, True), (False, True), (0.0, NOW),
-        ("pending", "scored", "unscorable"), (False, True),
+        ("finished", "stopped", "squeezed", "failed", "unknown"), (False, True), (False, True), (0.0, NOW),
+        (0, MOST_NOT_FINITE), (False, True), ("pending", "scored", "unscorable"), (False, True),
     )  # fmt: skip
     names = ("state", "told", "attempt", "resumes", "trainer_alive", "ending", "resumable", "final_complete",
-             "last_progress", "scoring", "evaluator_busy")  # fmt: skip
+             "last_progress", "not_finite_steps", "excused", "scoring", "evaluator_busy")  # fmt: skip
     for values in flags:
         view = TrialView(**dict(zip(names, values, strict=True)))
         action = next_action(view, NOW)
@@ -81,11 +104,20 @@ def test_every_view_has_an_action_and_a_living_trainer_is_never_joined_by_anothe
             assert action not in (Action.TRAIN, Action.RESUME, Action.REDO)
         if view.state in TERMINAL_STATES:
             assert action in (Action.TELL, Action.NOTHING)
+        if view.excused or view.state == "interrupted":
+            assert action is not Action.EXCUSE
+
+
+def record(exit_status=None, signal=None, **known) -> TrainerExit:
+    time = datetime.now().astimezone()
+    known |= {"exit_status": exit_status, "signal": signal}
+    return TrainerExit(command=("train",), pid=1, started=time, ended=time, seconds=1.0, **known)
 
 
 @pytest.mark.parametrize(
     ("exit_status", "signal", "ending"),
     [
+        pytest.param(137, None, "stopped", id="SIGKILL of a wrapped command"),
         pytest.param(0, None, "finished", id="exit 0"),
         pytest.param(1, None, "failed", id="exit 1"),
         pytest.param(143, None, "stopped", id="a trainer that saved its state after SIGTERM"),
@@ -98,11 +130,25 @@ def test_every_view_has_an_action_and_a_living_trainer_is_never_joined_by_anothe
     ],
 )
 def test_how_a_training_ended(exit_status, signal, ending):
-    time = datetime.now().astimezone()
-    record = TrainerExit(
-        command=("train",), pid=1, exit_status=exit_status, signal=signal, started=time, ended=time, seconds=1.0
-    )
-    assert ending_of(record) == ending
+    assert ending_of(record(exit_status, signal)) == ending
+
+
+@pytest.mark.parametrize(
+    ("known", "gpu_memory_ran_out", "ending"),
+    [
+        pytest.param({"signal": 9, "oom_kills": 1}, False, "squeezed", id="SIGKILL while the kernel killed for memory"),
+        pytest.param({"exit_status": 137, "oom_kills": 2}, False, "squeezed", id="the same of a wrapped command"),
+        pytest.param({"signal": 15, "oom_kills": 1}, False, "stopped", id="SIGTERM while the kernel killed another"),
+        pytest.param(
+            {"exit_status": 1, "evaluators_on": ("GPU-1",)}, True, "squeezed", id="GPU memory an evaluator had"
+        ),
+        pytest.param({"exit_status": 1, "evaluators_on": ("GPU-1",)}, False, "failed", id="another failure beside one"),
+        pytest.param({"exit_status": 1}, True, "failed", id="GPU memory nobody else had"),
+        pytest.param({"exit_status": 0, "evaluators_on": ("GPU-1",)}, True, "finished", id="a lack it got over"),
+    ],
+)
+def test_memory_that_others_used_too(known, gpu_memory_ran_out, ending):
+    assert ending_of(record(**known), gpu_memory_ran_out=gpu_memory_ran_out) == ending
 
 
 def test_without_a_record_nobody_knows():

@@ -15,6 +15,7 @@ from shared.schemas import DOCUMENTS
 
 FORMATS = Path(__file__).parent.parent / "data" / "formats"
 GOLDEN = FORMATS / "v1"
+EARLIER = FORMATS / "v1_earlier"
 NOON = datetime(2025, 11, 15, 12, tzinfo=UTC)
 
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=[document.name for document in DOCUMENTS])
@@ -36,6 +37,17 @@ def test_every_document_has_a_golden_file_and_every_golden_file_a_document():
 @every_document
 def test_a_golden_file_reads_as_what_was_written(document, made):
     assert read_model(GOLDEN / f"{document.name}.json", document.model) == made[document.name]
+
+
+@pytest.mark.parametrize("path", sorted(EARLIER.iterdir()), ids=lambda path: path.stem)
+def test_a_file_from_before_a_field_was_added_reads_and_lacks_only_that(path, made):
+    model = type(made[path.stem])
+    earlier = read_model(path, model)
+    added = set(model.model_fields) - earlier.model_fields_set
+    assert added
+    assert earlier == made[path.stem].model_copy(
+        update={name: model.model_fields[name].get_default(call_default_factory=True) for name in added}
+    )
 
 
 @every_document

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from shared.bounded_log import KEPT_HEAD_BYTES, KEPT_TAIL_BYTES, MOST_BYTES
 from shared.errors import AlreadyRunningError, DiskError, ResourceError
 from shared.files import read_model
 from shared.gpu_lease import GpuLease
 from shared.layout import TrialLayout
 from shared.locks import FileLock
-from shared.process import ProcessIdentity, lock_holders
+from shared.process import ProcessIdentity, boot_id, lock_holders
 from shared.schemas import TrainerExit
 from shared.supervised import adopt, start_supervised
 from tests.shared.process_trees import (  # noqa: F401  no_process_left is an autouse fixture
@@ -71,6 +72,18 @@ class TestEndings:
         assert record.started <= record.ended
         assert record.started.utcoffset() is not None
 
+    def test_the_record_tells_who_it_was_what_it_took_and_who_was_beside_it(self, trial, monkeypatch, tmp_path):
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+        grow = python("held = bytearray(40 << 20); held[::4096] = b'x' * len(held[::4096])")
+        with GpuLease("GPU-1", "evaluator"), GpuLease("GPU-2", "exclusive trainer"):
+            record = ended(trial, grow)
+        assert record.evaluators_on == ("GPU-1",)
+        assert (record.oom_kills, record.boot_id) == (0, boot_id())
+        assert 40 << 20 < record.peak_memory < 400 << 20
+        uptime_ticks = float(Path("/proc/uptime").read_text().split()[0]) * os.sysconf("SC_CLK_TCK")
+        assert 0 < record.start_ticks <= uptime_ticks
+        assert ended(trial, grow).evaluators_on == ()
+
     @pytest.mark.parametrize(
         ("argv", "status", "reason"),
         [
@@ -115,6 +128,17 @@ class TestSurroundings:
     def test_a_flood_of_output_arrives_whole(self, trial):
         ended(trial, shell("head -c 30000000 /dev/zero | tr '\\0' x; echo end >&2"))
         assert trial.training_log.stat().st_size == 30_000_004
+
+    def test_a_log_that_grows_too_large_keeps_its_ends_and_gives_the_disk_its_middle_back(self, trial):
+        script = "echo begin; head -c 150000000 /dev/zero | tr '\\0' x; sleep 1; echo; echo end"
+        ended(trial, shell(script))
+        status = trial.training_log.stat()
+        assert status.st_size == 150_000_011
+        assert status.st_blocks * 512 <= MOST_BYTES
+        with trial.training_log.open("rb") as file:
+            assert file.read(KEPT_HEAD_BYTES) == b"begin\n" + b"x" * (KEPT_HEAD_BYTES - 6)
+            file.seek(-KEPT_TAIL_BYTES, os.SEEK_END)
+            assert file.read() == b"x" * (KEPT_TAIL_BYTES - 5) + b"\nend\n"
 
     def test_the_environment_is_exactly_the_given_one_and_in_no_argument(self, trial):
         name, secret = "TOKEN", "s3cret"

@@ -137,6 +137,10 @@ def _of_the_optimizer() -> dict[str, BaseModel]:
             started=at("10:00:03"),
             ended=at("10:44:41"),
             seconds=2678.4,
+            start_ticks=7_203_115,
+            boot_id="6d1f3b6a-8f5c-4c0e-9a57-2f0c1f9f7a11",
+            peak_memory=6_818_373_632,
+            oom_kills=0,
         ),
         "best_parameters": s.BestParameters(
             study_name="tiny_pixar",

@@ -16,6 +16,8 @@ from optimizer_daemon.lora_training.buckets import Fit
 from optimizer_daemon.lora_training.dataset import load_data
 from optimizer_daemon.lora_training.latents import Latents, load_latents, read_pixels
 from optimizer_daemon.lora_training.models import Hardware
+from optimizer_daemon.trainers.base import Progress
+from optimizer_daemon.trainers.progress import parse_preparation
 from shared.errors import UserError
 from tests.optimizer_daemon.lora_training.pictures import write_dataset, write_images
 from tests.optimizer_daemon.lora_training.reference import frozen_latent
@@ -48,6 +50,17 @@ def test_a_latent_is_one_frozen_sample_of_the_posterior(tmp_path: Path, base_mod
         assert latents.shape == (len(batch), 4, 8, 8)
         for latent, draw in zip(latents, batch, strict=True):
             torch.testing.assert_close(latent, frozen_latent(vae, draw.image.path), atol=1e-5, rtol=1e-5)
+
+
+def test_a_long_encoding_says_how_far_it_is(tmp_path: Path, base_model: Path, cache: Path, monkeypatch, capsys):
+    monkeypatch.setattr(latents_module, "_SAY_EVERY_S", 0.0)
+    dataset = write_dataset(tmp_path)
+    encoded(dataset, base_model, cache)
+    lines = [f"encoding latents: {done}/3 images" for done in (1, 2, 3)]
+    assert capsys.readouterr().out.splitlines() == lines
+    assert parse_preparation(lines[1]) == Progress(None, 2, 3, preparing="latents")
+    encoded(dataset, base_model, cache)
+    assert capsys.readouterr().out == ""
 
 
 def test_the_second_training_loads_no_vae(tmp_path: Path, base_model: Path, cache: Path, monkeypatch):

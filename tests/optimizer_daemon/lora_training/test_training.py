@@ -143,14 +143,14 @@ def test_weights_that_no_checkpoint_can_hold_are_not_saved(workshop: Workshop):
         (
             "OutOfGpuMemory",
             {"network_dim": 8},
-            r"out of GPU memory: lower batch_size in .*dataset\.toml \(line 7\), set gradient_checkpointing = true, "
-            r"use a smaller network_dim than 8, or pass --gpu-policy defer",
+            r"out of memory on the GPU: lower batch_size in .*dataset\.toml \(line 7\), set gradient_checkpointing = "
+            r"true, use a smaller network_dim than 8, or pass --gpu-policy defer",
         ),
         (
             "OutOfHostMemory",
             {"gradient_checkpointing": True},
-            r"out of host memory: lower batch_size in .*dataset\.toml \(line 7\), use a smaller network_dim than 4, or "
-            r"close other programs",
+            r"out of memory on the host: lower batch_size in .*dataset\.toml \(line 7\), use a smaller "
+            r"network_dim than 4, or close other programs",
         ),
     ],
 )

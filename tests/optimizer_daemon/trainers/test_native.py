@@ -6,7 +6,6 @@ import dataclasses
 import subprocess
 import sys
 import tomllib
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from optimizer_daemon.trainers.base import Progress
 from shared.errors import SettingsError, UnknownPluginError, UserError
 from shared.files import read_model
 from shared.layout import StudyLayout
-from shared.schemas import Run, TrainerExit, TrialParams
+from shared.schemas import Run, TrialParams
 
 GOLDEN = Path(__file__).parents[2] / "data/formats/v1"
 NATIVE = TRAINERS.load("native")
@@ -181,6 +180,7 @@ def test_planning_imports_nothing_heavy():
         ),
         ("epoch validation steps:  50%|█████     | 4/8 [00:08<00:08,  2.00s/it, val_epoch_avg_loss=0.1]", None),
         ("epoch 2/4", None),
+        ("encoding latents: 120/4000 images", Progress(None, 120, 4000, preparing="latents")),
         ("saving checkpoint: /study/trial_0005/lora_trial_5-000002.safetensors", None),
         ("", None),
     ],
@@ -194,6 +194,7 @@ def test_planning_imports_nothing_heavy():
         "a tiny loss",
         "the bar of a validation",
         "an epoch line",
+        "images that are encoded before the first step",
         "a checkpoint line",
         "nothing",
     ],
@@ -205,57 +206,3 @@ def test_progress_is_read_from_the_bar(line: str, expected: Progress | None):
 def test_a_loss_that_is_no_number_is_read_as_such():
     progress = NATIVE.parse_progress("steps:  50%|█████     | 8/16 [00:08<00:08,  1.00s/it, avr_loss=nan, epoch=2/4]")
     assert progress is not None and progress.loss is not None and progress.loss != progress.loss
-
-
-def record(exit_status: int | None = None, signal: int | None = None) -> TrainerExit:
-    now = datetime(2025, 11, 15, tzinfo=UTC)
-    return TrainerExit(
-        command=("python",), pid=7, exit_status=exit_status, signal=signal, started=now, ended=now, seconds=0.0
-    )
-
-
-@pytest.mark.parametrize(
-    ("ending", "lines", "expected"),
-    [
-        (
-            record(2),
-            ["running training", "error: /d.toml: there is no [[datasets]] table; add one"],
-            "/d.toml: there is no [[datasets]] table; add one",
-        ),
-        (
-            record(1),
-            [
-                "Traceback (most recent call last):",
-                "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB",
-            ],
-            "out of GPU memory: lower batch_size in the data-set TOML, set gradient_checkpointing = true, use a "
-            "smaller network_dim, or pass --gpu-policy defer",
-        ),
-        (
-            record(1),
-            ["RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory"],
-            "out of host memory: lower batch_size in the data-set TOML, set gradient_checkpointing = true, use a "
-            "smaller network_dim, or close other programs",
-        ),
-        (
-            record(signal=9),
-            ["steps: 1"],
-            "the training was killed by SIGKILL, which the kernel sends when the host's memory is short (see dmesg); "
-            "its last lines: steps: 1",
-        ),
-        (record(signal=11), [], "the training was ended by SIGSEGV; its last lines: (nothing)"),
-        (record(1), ["a", " b ", ""], "the training ended with exit status 1; its last lines: a | b"),
-        (None, ["a"], "the training and its supervisor were killed; its last lines: a"),
-    ],
-    ids=[
-        "its own error line",
-        "GPU memory",
-        "host memory",
-        "the kernel's memory killer",
-        "a crash",
-        "an unknown failure quotes the log",
-        "no exit record",
-    ],
-)
-def test_a_failure_is_explained_in_one_line(ending: TrainerExit | None, lines: list[str], expected: str):
-    assert NATIVE.diagnose(ending, lines) == expected

@@ -1,0 +1,43 @@
+"""The loss on display: what a watcher may stop a training for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from optimizer_daemon.lora_training.reporting import MeanLoss, Reporter
+from optimizer_daemon.lora_training.state import Position
+from optimizer_daemon.trainers.progress import parse_bar
+
+
+@pytest.mark.parametrize(
+    ("losses", "mean"),
+    [
+        pytest.param([1.0, 3.0], 2.0, id="numbers"),
+        pytest.param([1.0, math.nan, 3.0, math.inf], 2.0, id="a step that overflowed is left out"),
+        pytest.param([math.nan], math.nan, id="nothing but overflows"),
+        pytest.param([], math.nan, id="nothing yet"),
+    ],
+)
+def test_the_mean_is_of_the_losses_that_are_numbers(losses: list[float], mean: float):
+    assert MeanLoss(losses).value == pytest.approx(mean, nan_ok=True)
+
+
+@pytest.fixture
+def reporter() -> Iterator[Reporter]:
+    with Reporter(epochs=1, total_steps=9, start=Position(), losses=(), logging_dir=None, groups=()) as reporter:
+        yield reporter
+
+
+def test_the_bar_says_nan_of_the_latest_step_only(reporter: Reporter, capsys: pytest.CaptureFixture[str]):
+    shown = []
+    for step, loss in enumerate([2.0, math.nan, 4.0], 1):
+        reporter.step(step, [step - 1], [torch.tensor(loss)], [])
+        reporter.catch_up()
+        progress = parse_bar(capsys.readouterr().err)
+        assert progress is not None and progress.step == step
+        shown.append(progress.loss)
+    assert shown == pytest.approx([2.0, math.nan, 3.0], nan_ok=True)

@@ -1,0 +1,31 @@
+"""The plugin half of faulty_trainer.py: plans its command; reads and explains its output as that of sd-scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from optimizer_daemon.trainers.base import LaunchPlan, Progress
+from optimizer_daemon.trainers.diagnosis import explain
+from optimizer_daemon.trainers.progress import parse_bar
+from shared.layout import TrialLayout
+from shared.schemas import Run, TrainerExit, TrialParams
+
+SCRIPT = Path(__file__).with_name("faulty_trainer.py")
+
+
+class FaultyTrainer:
+    def plan(self, params: TrialParams, trial: TrialLayout, run: Run, gpu: str | None = None) -> LaunchPlan:
+        fault = json.loads(os.environ["FAULTS"]).get(str(params.trial), "trains_well")
+        if fault == "not_installed":
+            return LaunchPlan(("no-such-trainer", "--epochs", "2"), env={})
+        return LaunchPlan((sys.executable, "-S", str(SCRIPT), str(trial.folder), trial.output_name, fault), env={})
+
+    def parse_progress(self, line: str) -> Progress | None:
+        return parse_bar(line)
+
+    def diagnose(self, record: TrainerExit | None, last_lines: Sequence[str]) -> str:
+        return explain(record, last_lines)
