@@ -7,37 +7,46 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from evaluator_daemon.folder import look_at, max_train_epochs
+from evaluator_daemon.admission import admit, half_network, is_usual_network, require_own_network, standing
+from evaluator_daemon.folder import look_at, max_train_epochs, read_or_none
 from evaluator_daemon.job import Job
 from evaluator_daemon.measuring import gate_of, measure, scores_of
 from evaluator_daemon.metrics import METRICS
 from evaluator_daemon.metrics.base import MetricSource, RenderedSet
-from evaluator_daemon.recording import Memory, changed, now, quarantined, read_pictures, write_pictures
+from evaluator_daemon.recording import Memory, changed, given_up, now, read_pictures, write_pictures
 from evaluator_daemon.reference import Reference, find_reference, samples_of
 from evaluator_daemon.renderers import RENDERERS
 from evaluator_daemon.renderers.base import Renderer
 from evaluator_daemon.sweep import TrialView, WeightFile, is_over, is_truncated, open_files
 from evaluator_daemon.watcher import FolderWatch
-from shared.errors import IncompleteCheckpointError, LabError, RefusedCheckpointError, ResourceError, Stopped
+from shared.errors import (
+    CheckpointError,
+    DiskError,
+    IncompleteCheckpointError,
+    LabError,
+    RefusedCheckpointError,
+    ResourceError,
+    Stopped,
+)
 from shared.failpoints import reach
 from shared.files import read_model, write_model
 from shared.layout import TRIAL_STATE, TrialLayout, checkpoint_epoch
 from shared.locks import FileLock
 from shared.logs import log_change
-from shared.safetensors_file import Checkpoint, LoraLayout, Stamp, is_stable, lora_modules, read_checkpoint
-from shared.schemas import Attempt, CheckpointRecord, Metrics, PhaseSeconds
+from shared.planning import metrics_of
+from shared.safetensors_file import Checkpoint, LoraLayout, lora_ranks, read_header
+from shared.schemas import Attempt, CheckpointRecord, Metrics, PhaseSeconds, TrialParams
+from shared.schemas.evaluator import CheckpointStatus
 from shared.service import Service
 
-SETTLE_S = 0.25
-"""Between the two looks that must show the same file; longer than local file systems' clock ticks."""
 LOCK_TIMEOUT_S = 10.0
 WAKING_NAMES = ("*.safetensors", TRIAL_STATE)
-_CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 
 _log = logging.getLogger(__name__)
 
@@ -48,14 +57,14 @@ def evaluate_trial(
     *,
     watch: bool,
     changed_state: Callable[[], None] = lambda: None,
-    previous_exit: int | None = None,
+    previous_crash: str | None = None,
 ) -> None:
     """Evaluate a trial's checkpoints; the work of one evaluator process.
 
     Args:
         watch: go on until the trial is over; otherwise end when all that is there is done.
         changed_state: called after every change of the trial's evaluation_state.json.
-        previous_exit: how the trial's previous evaluator ended, as multiprocessing says it; None when unknown.
+        previous_crash: how the trial's previous evaluator ended by its own fault; None when it did not, or unknown.
     Raises:
         AlreadyRunningError: another evaluator is at this trial.
         StudyMismatchError, ResourceError: nothing can be evaluated now.
@@ -70,7 +79,7 @@ def evaluate_trial(
         held.callback(lock.release)
         service = Service()
         evaluator = Evaluator(job, trial, service, changed_state)
-        evaluator.close_unfinished(previous_exit)
+        evaluator.close_unfinished(previous_crash)
         if watch:
             folder_watch = FolderWatch(trial.folder, WAKING_NAMES, service.wake)
             held.callback(folder_watch.close)
@@ -94,14 +103,23 @@ class Evaluator:
         self._reference: Reference | None = None
         self._waiting: dict[str, str] = {}
 
-    def close_unfinished(self, previous_exit: int | None) -> None:
+    def close_unfinished(self, previous_crash: str | None) -> None:
         """Tell strikes from interruptions among the attempts that an earlier process left running."""
-        for record in self.memory.close_unfinished(crash_text(previous_exit)):
+        for record in self.memory.close_unfinished(previous_crash):
             last = record.attempts[-1]
             log_change(_log, last.outcome, checkpoint=record.checkpoint, reason=last.reason)
 
     def tick(self, *, watch: bool) -> None:
         """Evaluate everything that is there, looking at the folder again after each; end the service when done."""
+        try:
+            self._sweep(watch=watch)
+        except (DiskError, FileNotFoundError):
+            if self.trial.folder.is_dir():
+                raise
+            log_change(_log, "the trial's folder is gone", folder=self.trial.folder)
+            self._service.stop()
+
+    def _sweep(self, *, watch: bool) -> None:
         looked_at: set[str] = set()
         while not self._service.stopping:
             view = look_at(self.trial, self.memory.records, self.plan_hash, time.time())
@@ -118,33 +136,42 @@ class Evaluator:
     def evaluate(self, file: WeightFile, view: TrialView) -> bool:
         """Take one weight file through all steps; False when only time can help it."""
         path = self.trial.folder / f"{file.name}.safetensors"
+        params = read_or_none(self.trial.params, TrialParams)
         try:
             checkpoint, layout = admit(path, self.trial.folder)
+            if params is not None:
+                require_own_network(checkpoint, layout, params, self._scored_networks(file.name))
         except IncompleteCheckpointError as error:
-            if is_truncated(file, view):
-                self._settle(file, "truncated", error.code, error.reason)
-                return True
-            if self._waiting.get(file.name) != error.code:
-                self._waiting[file.name] = error.code
-                log_change(_log, "checkpoint waits", checkpoint=file.name, code=error.code, reason=error.reason)
-            return False
+            return self._wait_or_give_up(file, view, error)
         except RefusedCheckpointError as error:
-            self._settle(file, "quarantined", error.code, error.reason)
+            self._settle(file, "quarantined", error)
             return True
-        return self._score(file, checkpoint, layout)
+        self._waiting.pop(file.name, None)
+        return self._score(checkpoint, layout, params)
 
     # ------------------------------------------------------------------------------------------------------ one file
 
-    def _score(self, file: WeightFile, checkpoint: Checkpoint, layout: LoraLayout) -> bool:
+    def _wait_or_give_up(self, file: WeightFile, view: TrialView, error: IncompleteCheckpointError) -> bool:
+        if error.code == "vanished":
+            return True  # the next look does not show it
+        if error.code in ("incomplete", "unreadable") and is_truncated(file, view):
+            self._settle(file, "truncated" if error.code == "incomplete" else "quarantined", error)
+            return True
+        if self._waiting.get(file.name) != error.code:
+            self._waiting[file.name] = error.code
+            log_change(_log, "checkpoint waits", checkpoint=file.name, code=error.code, reason=error.reason)
+        return False
+
+    def _score(self, checkpoint: Checkpoint, layout: LoraLayout, params: TrialParams | None) -> bool:
         reach("evaluator.admitted")
-        known = self.memory.record_of(file.name, checkpoint.sha256)
+        name = checkpoint.path.stem
+        known = self.memory.record_of(name, checkpoint.sha256)
         size, modified_ns = checkpoint.stamp.size, checkpoint.stamp.mtime_ns
         if known is not None and (known.status == "quarantined" or self._is_recorded(known)):
             self.memory.put(changed(known, size=size, modified_ns=modified_ns))  # only touched: same content
-            self.memory.write_summary()
             return True
         record = CheckpointRecord(
-            checkpoint=file.name,
+            checkpoint=name,
             checkpoint_sha256=checkpoint.sha256,
             plan_hash=self.plan_hash,
             epoch=self._epoch(checkpoint),
@@ -153,47 +180,68 @@ class Evaluator:
             size=size,
             modified_ns=modified_ns,
         )
-        twin = self.memory.twin_of(file.name, checkpoint.sha256)
-        if twin is not None and self._is_recorded(twin):
-            self._copy_twin(record, twin)
+        twin = self.memory.twin_of(name, checkpoint.sha256)
+        if twin is not None and self._is_recorded(twin) and self._copy_twin(record, twin):
             return True
-        return self._attempt(record, checkpoint, layout)
+        return self._attempt(record, checkpoint, layout, params)
 
-    def _attempt(self, record: CheckpointRecord, checkpoint: Checkpoint, layout: LoraLayout) -> bool:
+    def _attempt(
+        self, record: CheckpointRecord, checkpoint: Checkpoint, layout: LoraLayout, params: TrialParams | None
+    ) -> bool:
         attempts = (*record.attempts, Attempt(started=now(), outcome="running"))
         record = changed(record, status="evaluating", attempts=attempts)
         self.memory.put(record)
         reach("evaluator.attempt_written")
         self._changed_state()
         try:
-            metrics = self._measured(record, checkpoint, layout)
+            metrics = self._measured(record, checkpoint, layout, params)
         except RefusedCheckpointError as error:
-            ended = self.memory.end_attempt(record, "strike", error.reason)
-            self.memory.put(quarantined(changed(ended, status="waiting", quarantine=None), error.code, error.reason))
-            self.memory.write_summary()
+            self.memory.end_attempt(record, "strike", error.reason, code=error.code)
             log_change(_log, "quarantined", checkpoint=record.checkpoint, code=error.code, reason=error.reason)
             return True
+        except DiskError as error:
+            log_change(_log, "attempt withdrawn", checkpoint=record.checkpoint, reason=error)
+            # half an evaluation is none, and the record needs its room
+            shutil.rmtree(self.trial.evaluations.checkpoint(record.checkpoint).folder, ignore_errors=True)
+            self.memory.withdraw_attempt(record)
+            raise
         except LabError as error:  # a stop, or something the checkpoint is not to blame for
             self.memory.end_attempt(record, "interruption", str(error))
             log_change(_log, "interruption", checkpoint=record.checkpoint, reason=error)
             raise
         except Exception as error:
             self.memory.end_attempt(record, "strike", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
-            self.memory.write_summary()
             _log.exception("strike checkpoint=%s", record.checkpoint)
             if self.job.device != "cpu":
                 raise  # a failed kernel leaves the CUDA context unusable: the next attempt needs a new process
             return True  # tried again after the others, three times at most
-        ended = self.memory.end_attempt(record, "recorded")
-        reach("evaluator.recorded")
-        self.memory.write_summary()
-        self._say_recorded(ended, metrics)
+        self._record(record, checkpoint, metrics)
+        if params is not None:
+            self._find_halves(record.checkpoint, layout)
         return True
 
-    def _measured(self, record: CheckpointRecord, checkpoint: Checkpoint, layout: LoraLayout) -> Metrics:
+    def _record(self, record: CheckpointRecord, checkpoint: Checkpoint, metrics: Metrics) -> None:
+        """Close a successful attempt, unless other content stands at the name by now: then its result is no one's."""
+        fate = standing(checkpoint, self.trial.folder)
+        if fate == "replaced":
+            self.memory.evaluations.checkpoint(record.checkpoint).metrics.unlink(missing_ok=True)
+            reason = "the file was replaced while it was evaluated; what it was replaced by is evaluated next"
+            self.memory.end_attempt(record, "interruption", reason)
+            log_change(_log, "result thrown away", checkpoint=record.checkpoint, reason=reason)
+            return
+        note = "the file was deleted while it was evaluated" if fate == "deleted" else None
+        ended = self.memory.end_attempt(record, "recorded", note)
+        reach("evaluator.recorded")
+        self._say_recorded(ended, metrics)
+
+    def _measured(
+        self, record: CheckpointRecord, checkpoint: Checkpoint, layout: LoraLayout, params: TrialParams | None
+    ) -> Metrics:
         """Render, measure and write one checkpoint's folder, metrics.json last."""
         with self._gpu():
             renderer = self._ready()
+            if params is not None and is_usual_network(checkpoint, params) and (missing := renderer.left_out(layout)):
+                raise half_network(checkpoint.path, sorted(missing), "of the layers that networks.lora adapts")
             assert self._reference is not None
             begin = time.monotonic()
             with renderer.lora(checkpoint, layout):
@@ -230,21 +278,25 @@ class Evaluator:
         reach("evaluator.metrics_written")
         return metrics
 
-    def _copy_twin(self, record: CheckpointRecord, twin: CheckpointRecord) -> None:
-        """Record equal content under its second name without rendering it again."""
+    def _copy_twin(self, record: CheckpointRecord, twin: CheckpointRecord) -> bool:
+        """Record equal content under its second name without rendering it again; False when its pictures are gone."""
         source = self.trial.evaluations.checkpoint(twin.checkpoint)
         metrics = Metrics.model_validate(
             {**dict(read_model(source.metrics, Metrics)), "checkpoint": record.checkpoint, "epoch": record.epoch}
         )
+        try:
+            pictures = read_pictures(source, len(metrics.samples))
+        except OSError:
+            return False
         folder = self.trial.evaluations.checkpoint(record.checkpoint)
-        write_pictures(folder, read_pictures(source, len(metrics.samples)))
+        write_pictures(folder, pictures)
         write_model(folder.metrics, metrics)
         record = changed(record, status="recorded", same_as=twin.checkpoint)
         self.memory.put(record)
-        self.memory.write_summary()
         self._say_recorded(record, metrics)
+        return True
 
-    def _settle(self, file: WeightFile, status: str, code: str, reason: str) -> None:
+    def _settle(self, file: WeightFile, status: CheckpointStatus, error: CheckpointError) -> None:
         """Write down a verdict on a file that is not worth an attempt."""
         record = CheckpointRecord(
             checkpoint=file.name,
@@ -255,10 +307,31 @@ class Evaluator:
             modified_ns=file.modified_ns,
             status="waiting",
         )
-        settled = changed(record, status="truncated") if status == "truncated" else quarantined(record, code, reason)
-        self.memory.put(settled)
-        self.memory.write_summary()
-        log_change(_log, status, checkpoint=file.name, code=code, reason=reason)
+        self.memory.put(given_up(record, error.code, error.reason, status))
+        log_change(_log, status, checkpoint=file.name, code=error.code, reason=error.reason)
+
+    def _scored_networks(self, but: str) -> dict[str, dict[str, int]]:
+        """Module -> rank of every recorded checkpoint whose file still stands, by name, all but one."""
+        found = {}
+        for record in (r for r in self.memory.records if r.status == "recorded" and r.checkpoint != but):
+            try:
+                header = read_header(self.trial.folder / f"{record.checkpoint}.safetensors", self.trial.folder)
+            except CheckpointError:
+                continue
+            if (header.stamp.size, header.stamp.mtime_ns) == (record.size, record.modified_ns):
+                found[record.checkpoint] = lora_ranks(header)
+        return found
+
+    def _find_halves(self, name: str, layout: LoraLayout) -> None:
+        """Take back the records of checkpoints that lack modules which this one, of the same training, has."""
+        names = {module.name for module in layout.modules}
+        records = {record.checkpoint: record for record in self.memory.records}
+        for other, ranks in self._scored_networks(name).items():
+            if missing := sorted(names - ranks.keys()):
+                path = self.trial.folder / f"{other}.safetensors"
+                error = half_network(path, missing, f"of the {len(names)} modules of {name}, of the same trial")
+                self.memory.put(given_up(records[other], error.code, error.reason))
+                log_change(_log, "quarantined", checkpoint=other, code=error.code, reason=error.reason)
 
     # ------------------------------------------------------------------------------------------------------- helpers
 
@@ -266,7 +339,7 @@ class Evaluator:
         """Load what rendering and measuring need, once."""
         if self._renderer is None:
             self._renderer = RENDERERS.load("diffusion")(self.job)
-            self._sources = [METRICS.load(name)(self.job) for name in METRICS.names]
+            self._sources = [METRICS.load(name)(self.job) for name in metrics_of(self.job.plan)]
         if self._reference is None:
             self._reference = find_reference(self.job, self._renderer, self._sources, self._stop_if_asked)
         return self._renderer
@@ -316,36 +389,3 @@ class Evaluator:
             feasible=metrics.gate.feasible,
             seconds=metrics.seconds.total,
         )
-
-
-def admit(path: Path, trial_folder: Path) -> tuple[Checkpoint, LoraLayout]:
-    """Prove that a weight file is whole, still, finite and a LoRA; acceptance and refusal alike need two equal looks.
-
-    Raises:
-        IncompleteCheckpointError: not yet, look again later.
-        RefusedCheckpointError: never as it is.
-    """
-    try:
-        first = Stamp.of(path.lstat())
-        time.sleep(SETTLE_S)
-        try:
-            checkpoint = read_checkpoint(path, trial_folder)
-            layout = lora_modules(checkpoint)
-        except RefusedCheckpointError:
-            if is_stable(first, Stamp.of(path.lstat())):
-                raise
-        else:
-            if is_stable(first, checkpoint.stamp):
-                return checkpoint, layout
-    except FileNotFoundError as error:
-        raise IncompleteCheckpointError(path, "vanished", "is no longer there") from error
-    raise IncompleteCheckpointError(path, "changing", "changed between two looks; it is looked at again later")
-
-
-def crash_text(exit_code: int | None) -> str | None:
-    """Say how a process ended by its own fault; None when it was stopped, ended well or nobody knows."""
-    if exit_code is None or exit_code in (0, 128 + signal.SIGINT, 128 + signal.SIGTERM):
-        return None
-    if exit_code > 0:
-        return f"the evaluator ended with exit status {exit_code}"
-    return f"the evaluator crashed by {signal.Signals(-exit_code).name}" if -exit_code in _CRASHES else None

@@ -23,6 +23,8 @@ def look_at(trial: TrialLayout, records: Iterable[CheckpointRecord], plan_hash: 
 
     Args:
         now_s: wall-clock time in seconds since 1970, as file times are.
+    Raises:
+        FileNotFoundError: somebody moved the folder away.
     """
     state = read_or_none(trial.state, TrialState)
     epochs = max_train_epochs(trial)
@@ -65,7 +67,9 @@ def _weight_files(trial: TrialLayout, epochs: int | None, now_s: float) -> Itera
             is_final=path == trial.final_checkpoint,
             size=status.st_size,
             modified_ns=status.st_mtime_ns,
-            age_s=max(0.0, now_s - status.st_mtime),
+            # a clock that ran ahead may have written the modification time
+            age_s=max(0.0, now_s - (status.st_mtime if status.st_mtime <= now_s else status.st_ctime)),
+            changed_s=status.st_ctime,
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from evaluator_daemon.job import Job
 from shared.commands import run_command
-from shared.errors import LabError
+from shared.errors import ContractError, LabError, ResourceError, UserError
 from shared.layout import TrialLayout
 from shared.logs import log_change, set_up_logs
 
@@ -27,6 +27,7 @@ PRELOADED = (
 )
 """What the fork server imports once, so that an evaluator starts in a moment and shares the memory."""
 
+_CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 _SERVICE_VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 _log = logging.getLogger(__name__)
@@ -45,7 +46,11 @@ def run_evaluator_process(job: Job, trial: Path, watch: bool, previous_exit: int
     def command() -> int:
         try:
             evaluator.evaluate_trial(
-                job, trial, watch=watch, previous_exit=previous_exit, changed_state=lambda: messages.send_bytes(b"news")
+                job,
+                trial,
+                watch=watch,
+                previous_crash=crash_text(previous_exit),
+                changed_state=lambda: messages.send_bytes(b"news"),
             )
         except LabError as error:
             log_change(_log, "ended", level=logging.WARNING, reason=error)
@@ -73,3 +78,16 @@ def wake_on_news(messages: Connection, sentinel: int, wake: Callable[[], None]) 
                 return
     except (OSError, ValueError):
         return  # closed by the sweep that reaped the evaluator
+
+
+def crash_text(exit_code: int | None) -> str | None:
+    """Say how a process ended by its own fault; None when it was stopped, ended well or nobody knows.
+
+    An error of our own tree tells of the study, the machine or the disk; one about a checkpoint ends no process.
+    """
+    ours = (UserError.exit_code, ContractError.exit_code, ResourceError.exit_code)
+    if exit_code is None or exit_code in (0, *ours, 128 + signal.SIGINT, 128 + signal.SIGTERM):
+        return None
+    if exit_code > 0:
+        return f"the evaluator ended with exit status {exit_code}"
+    return f"the evaluator crashed by {signal.Signals(-exit_code).name}" if -exit_code in _CRASHES else None

@@ -12,7 +12,8 @@ from PIL import Image
 
 from evaluator_daemon.folder import read_or_none
 from evaluator_daemon.metrics.base import Picture
-from evaluator_daemon.sweep import quarantine_code
+from evaluator_daemon.sweep import SETTLED, quarantine_code
+from shared.errors import DiskError
 from shared.files import read_or_set_aside, sweep_temp_files, write_bytes, write_model
 from shared.layout import EvaluationsLayout, RenderLayout
 from shared.logs import log_change
@@ -25,6 +26,7 @@ from shared.schemas import (
     Quarantine,
     SummaryEntry,
 )
+from shared.schemas.evaluator import CheckpointStatus, Outcome
 
 _GRID_COLUMNS = 4
 _log = logging.getLogger(__name__)
@@ -40,7 +42,8 @@ class Memory:
         self.name = name
         self.evaluations = evaluations
         self.plan_hash = plan_hash
-        sweep_temp_files(evaluations.folder)
+        for folder in (evaluations.folder, *(path for path in evaluations.folder.iterdir() if path.is_dir())):
+            sweep_temp_files(folder)
         reading = read_or_set_aside(evaluations.state, EvaluationState, now())
         if reading.set_aside:
             log_change(_log, "state set aside", level=logging.WARNING, file=reading.set_aside.name, why=reading.reason)
@@ -67,28 +70,44 @@ class Memory:
         return None
 
     def put(self, record: CheckpointRecord) -> None:
-        """Write a record, in place of what was known under that name."""
-        self._records[record.checkpoint] = record
-        self.write()
+        """Write a record, in place of what was known under that name.
 
-    def write(self) -> None:
-        """Write the state durably."""
+        The summary goes first: whoever is killed between the two finds the work open, and writes both.
+        """
+        before = self._records.get(record.checkpoint)
+        self._records[record.checkpoint] = record
+        if before is not None and before.checkpoint_sha256 is not None:
+            self._say_superseded(before, record)
+        if record.status in SETTLED or (before is not None and before.status == "recorded"):
+            self.write_summary()
         state = EvaluationState(trial_name=self.name, updated=now(), checkpoints=self.records)
         write_model(self.evaluations.state, state)
 
-    def end_attempt(self, record: CheckpointRecord, outcome: str, reason: str | None = None) -> CheckpointRecord:
-        """Close the running attempt; the checkpoint is quarantined when it has used up its attempts."""
+    def end_attempt(
+        self, record: CheckpointRecord, outcome: Outcome, reason: str | None = None, *, code: str | None = None
+    ) -> CheckpointRecord:
+        """Close the running attempt; the checkpoint is quarantined when it has used up its attempts.
+
+        Args:
+            code: quarantine it at once, for this.
+        """
         *earlier, running = record.attempts
         ended = Attempt.model_validate({**dict(running), "ended": now(), "outcome": outcome, "reason": reason})
         closed = changed(record, status="waiting", attempts=(*earlier, ended))
         if outcome == "recorded":
             closed = changed(closed, status="recorded")
+        elif code is not None:
+            closed = given_up(closed, code, str(reason))
         else:
             others = any(r.status == "recorded" for r in self.records if r.checkpoint != record.checkpoint)
             if code := quarantine_code(closed, others_succeeded=others):
-                closed = quarantined(closed, code, f"{len(closed.attempts)} attempts, the last: {reason}")
+                closed = given_up(closed, code, f"{len(closed.attempts)} attempts, the last: {reason}")
         self.put(closed)
         return closed
+
+    def withdraw_attempt(self, record: CheckpointRecord) -> None:
+        """Take the running attempt back: what kept it from ending says nothing about the checkpoint."""
+        self.put(changed(record, status="waiting", attempts=record.attempts[:-1]))
 
     def close_unfinished(self, by_itself: str | None) -> list[CheckpointRecord]:
         """Close attempts that an earlier process left running.
@@ -96,9 +115,15 @@ class Memory:
         Args:
             by_itself: how that process ended by its own fault; None when it was stopped or nobody knows.
         """
-        outcome = "strike" if by_itself else "interruption"
-        reason = by_itself or "the evaluator was stopped before it ended"
-        return [self.end_attempt(record, outcome, reason) for record in self.records if record.status == "evaluating"]
+        closed = []
+        for record in (record for record in self.records if record.status == "evaluating"):
+            if self.has_results(record):  # metrics.json is written last: only the record was missing
+                closed.append(self.end_attempt(record, "recorded"))
+            elif by_itself:
+                closed.append(self.end_attempt(record, "strike", by_itself))
+            else:
+                closed.append(self.end_attempt(record, "interruption", "the evaluator was stopped before it ended"))
+        return closed
 
     def write_summary(self) -> None:
         """Write evaluation_summary.json anew from the recorded checkpoints' metrics.json files."""
@@ -120,6 +145,23 @@ class Memory:
         """Whether the record's metrics.json is there and is about that content and plan."""
         metrics = read_or_none(self.evaluations.checkpoint(record.checkpoint).metrics, Metrics)
         return metrics is not None and _fits(metrics, record)
+
+    def _say_superseded(self, before: CheckpointRecord, record: CheckpointRecord) -> None:
+        """A record that gives way to other content, or to another plan, leaves at least its figure in the log."""
+        identities = [(r.checkpoint_sha256, r.plan_hash) for r in (before, record)]
+        if identities[0] == identities[1]:
+            return
+        metrics = read_or_none(self.evaluations.checkpoint(before.checkpoint).metrics, Metrics)
+        score = metrics.scores.get("combined_score") if metrics is not None and _fits(metrics, before) else None
+        log_change(
+            _log,
+            "superseded",
+            checkpoint=before.checkpoint,
+            was=before.status,
+            score=score and score.value,
+            sha256=str(before.checkpoint_sha256)[:12],
+            plan=before.plan_hash[:12],
+        )
 
     def _rebuilt(self) -> list[CheckpointRecord]:
         """Records from the results alone; size and time 0 let each file be looked at, but not rendered, again."""
@@ -151,14 +193,26 @@ def changed(record: CheckpointRecord, **updates: object) -> CheckpointRecord:
     return CheckpointRecord.model_validate({**dict(record), **updates})
 
 
-def quarantined(record: CheckpointRecord, code: str, reason: str) -> CheckpointRecord:
-    """Return the record with a quarantine."""
-    return changed(record, status="quarantined", quarantine=Quarantine(code=code, reason=reason, since=now()))
+def given_up(
+    record: CheckpointRecord, code: str, reason: str, status: CheckpointStatus = "quarantined"
+) -> CheckpointRecord:
+    """Return the record with the reason why it is quarantined, or truncated."""
+    return changed(record, status=status, quarantine=Quarantine(code=code, reason=reason, since=now()))
 
 
 def write_pictures(layout: RenderLayout, pictures: Sequence[Picture]) -> None:
-    """Write each sample and the grid; samples of an earlier, larger plan go."""
-    layout.folder.mkdir(parents=True, exist_ok=True)
+    """Write each sample and the grid; samples of an earlier, larger plan go.
+
+    Raises:
+        DiskError: no room, or the folder above is gone: a trial that somebody removed must not come back.
+        FileExistsError: a file stands at the folder's name.
+    """
+    try:
+        layout.folder.mkdir(exist_ok=True)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise DiskError(layout.folder, error) from error
     sweep_temp_files(layout.folder)
     for index, picture in enumerate(pictures):
         write_bytes(layout.sample(index), _png(picture))

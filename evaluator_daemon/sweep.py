@@ -28,6 +28,7 @@ class WeightFile:
         size: bytes.
         modified_ns: modification time, ns since 1970.
         age_s: seconds since then.
+        changed_s: when anything about it, its mode too, last changed; seconds since 1970.
     """
 
     name: str
@@ -36,6 +37,7 @@ class WeightFile:
     size: int
     modified_ns: int
     age_s: float
+    changed_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,15 @@ def is_settled(file: WeightFile, records: Iterable[CheckpointRecord], plan_hash:
         and record.plan_hash == plan_hash
         and (record.size, record.modified_ns) == (file.size, file.modified_ns)
         and record.status in SETTLED
+        and not _may_be_readable_now(file, record)
         for record in records
     )
+
+
+def _may_be_readable_now(file: WeightFile, record: CheckpointRecord) -> bool:
+    """A chmod changes neither size nor modification time."""
+    verdict = record.quarantine
+    return verdict is not None and verdict.code == "unreadable" and file.changed_s > verdict.since.timestamp()
 
 
 def open_files(trial: TrialView) -> list[WeightFile]:
@@ -97,7 +106,7 @@ def is_over(trial: TrialView, idle_timeout_s: float) -> bool:
 
 
 def is_truncated(file: WeightFile, trial: TrialView) -> bool:
-    """Whether an incomplete file will never be complete: nobody writes it and it has not changed for long."""
+    """Whether an incomplete or unreadable file will stay so: nobody writes it and it has not changed for long."""
     if trial.trainer_lives:
         return False
     return file.age_s >= (TRUNCATED_AFTER_S_WITHOUT_STATE if trial.state is None else TRUNCATED_AFTER_S)

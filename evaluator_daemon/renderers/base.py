@@ -37,8 +37,12 @@ class Renderer(Protocol):
         """Apply the LoRA, whole or not at all, for the length of a `with` block; never fused.
 
         Raises:
-            RefusedCheckpointError: the base model has no such layers, or the loader left some out.
+            RefusedCheckpointError: the base model has no such layers, or the loader left some out or misread the
+                strength of one.
         """
+
+    def left_out(self, layout: LoraLayout) -> set[str]:
+        """Return the layers that a usual LoRA of the parts it touches (UNet, text encoder) has and this one lacks."""
 
     def render(self, on_step: OnStep) -> Rendering:
         """Render the plan's samples with what is applied now.

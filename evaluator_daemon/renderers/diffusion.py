@@ -36,6 +36,9 @@ SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
 }
 _ADAPTER = "checkpoint"
+# Classes whose Linear and 1x1 Conv2d layers sd-scripts' networks.lora adapts
+_USUAL_BLOCKS = ("Transformer2DModel", "CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
+_SCALE_TOLERANCE = 0.01  # half precision rounds
 
 
 class DiffusionRenderer:
@@ -58,6 +61,7 @@ class DiffusionRenderer:
         self._pipeline.vae.enable_slicing()
         self._pipeline.set_progress_bar_config(disable=True)
         self._layers = _layers(self._pipeline)
+        self._usual = _usual_layers(self._pipeline)
         self._base_embeddings: dict[str, torch.Tensor] = {}
         self._text_encoder_changed = False
 
@@ -75,13 +79,15 @@ class DiffusionRenderer:
     @contextmanager
     def lora(self, checkpoint: Checkpoint, layout: LoraLayout) -> Iterator[None]:
         """Apply a checkpoint from the bytes already read; see `Renderer.lora`."""
-        wanted = {_layer_name(module.name, layout.family) for module in layout.modules}
-        self._require_layers(checkpoint, wanted, layout)
+        wanted = {_layer_name(module.name, layout.family): module.scale for module in layout.modules}
+        self._require_layers(checkpoint, set(wanted), layout)
         try:
             self._load(checkpoint)
             applied = _applied(self._pipeline)
-            if applied != wanted:
-                raise _not_applied(checkpoint, wanted ^ applied, "were not applied by the loader")
+            if differing := wanted.keys() ^ applied.keys():
+                raise _not_applied(checkpoint, differing, "were not applied by the loader")
+            if misread := {n for n, scale in wanted.items() if abs(applied[n] / scale - 1) > _SCALE_TOLERANCE}:
+                raise _not_applied(checkpoint, misread, "were applied at another strength than alpha / rank", _RESAVE)
             self._pipeline.set_adapters([_ADAPTER], [self.plan.lora_scale])
             self._text_encoder_changed = any(name.startswith("te_") for name in wanted)
             yield
@@ -89,12 +95,22 @@ class DiffusionRenderer:
             self._pipeline.unload_lora_weights()
             self._text_encoder_changed = False
 
+    def left_out(self, layout: LoraLayout) -> set[str]:
+        """See `Renderer.left_out`."""
+        names = {_layer_name(module.name, layout.family) for module in layout.modules}
+        return {
+            layer
+            for part in {name.partition("_")[0] for name in names}
+            for layer in self._usual
+            if layer.startswith(f"{part}_") and layer not in names
+        }
+
     def _load(self, checkpoint: Checkpoint) -> None:
         try:
             self._pipeline.load_lora_weights(load_tensors(checkpoint.raw), adapter_name=_ADAPTER)
         except (KeyError, ValueError) as error:  # how diffusers says that it does not know a file's form
             raise RefusedCheckpointError(
-                checkpoint.path, "not_applied", f"diffusers cannot load it ({error}); save it in kohya's form"
+                checkpoint.path, "not_applied", f"diffusers cannot load it ({error}); {_RESAVE}"
             ) from error
 
     def _require_layers(self, checkpoint: Checkpoint, wanted: set[str], layout: LoraLayout) -> None:
@@ -266,9 +282,22 @@ def _layers(pipeline: Any) -> dict[str, torch.Size]:
     }
 
 
-def _applied(pipeline: Any) -> set[str]:
+def _usual_layers(pipeline: Any) -> set[str]:
+    """Names of the layers that a usual LoRA adapts."""
     return {
-        name
+        _layer_name(f"{prefix}.{path}.{inner}", Family.DIFFUSERS)
+        for prefix, model in (("unet", pipeline.unet), ("te", pipeline.text_encoder))
+        for path, block in model.named_modules()
+        if type(block).__name__ in _USUAL_BLOCKS
+        for inner, layer in block.named_modules()
+        if isinstance(layer, torch.nn.Linear) or (isinstance(layer, torch.nn.Conv2d) and layer.kernel_size == (1, 1))
+    }
+
+
+def _applied(pipeline: Any) -> dict[str, float]:
+    """Layer name -> what up @ down is multiplied with, of every layer that holds the whole pair."""
+    return {
+        name: float(module.scaling[_ADAPTER])
         for name, module in _named_modules(pipeline)
         if isinstance(module, LoraLayer) and _ADAPTER in module.lora_A and _ADAPTER in module.lora_B
     }
@@ -281,10 +310,15 @@ def _pair_shapes(checkpoint: Checkpoint, module: str) -> tuple[tuple[int, ...], 
     return shape("lora_down.weight", "lora_A.weight"), shape("lora_up.weight", "lora_B.weight")
 
 
-def _not_applied(checkpoint: Checkpoint, modules: set[str], what: str) -> RefusedCheckpointError:
+_RESAVE = "save it in kohya's form"
+
+
+def _not_applied(
+    checkpoint: Checkpoint, modules: set[str], what: str, remedy: str = "train on this base model"
+) -> RefusedCheckpointError:
     shown = ", ".join(sorted(modules)[:3])
     return RefusedCheckpointError(
         checkpoint.path,
         "not_applied",
-        f"{len(modules)} of its modules {what}, such as {shown}; train on this base model",
+        f"{len(modules)} of its modules {what}, such as {shown}; {remedy}",
     )

@@ -1,4 +1,4 @@
-"""Which modules a LoRA file changes, by its tensor names and shapes.
+"""Which modules a LoRA file changes, by its tensor names, shapes and metadata.
 
 Loaders drop what they do not know and render the base model without an error; so a file is refused here unless every
 tensor belongs to a whole pair of a known family. Compare `modules` with what the loader applied.
@@ -6,13 +6,15 @@ tensor belongs to a whole pair of a known family. Compare `modules` with what th
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
 from shared.errors import RefusedCheckpointError
-from shared.safetensors_file.records import Checkpoint, Tensor
+from shared.safetensors_file.records import Checkpoint, Header, Tensor
 from shared.safetensors_file.refusals import refused, shown
 from shared.safetensors_file.values import REAL_DTYPES, scalar
 
@@ -42,13 +44,25 @@ _PATTERNS = {
 }
 
 
+_PEFT_METADATA = "lora_adapter_metadata"  # diffusers saves the adapter's configuration there, as JSON
+
+
 @dataclass(frozen=True, slots=True)
 class LoraModule:
-    """One changed layer: W + (alpha / rank) * up @ down; `alpha` None means alpha = rank."""
+    """One changed layer: W + (alpha / rank) * up @ down; `alpha` None means alpha = rank.
+
+    `spatial` tells a kernel larger than 1x1, whose rank and alpha trainers set apart from the others'.
+    """
 
     name: str
     rank: int
     alpha: float | None
+    spatial: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What up @ down is multiplied with."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,21 +87,32 @@ def lora_modules(checkpoint: Checkpoint) -> LoraLayout:
     """Prove that the checkpoint is a LoRA that a loader applies as a whole.
 
     Raises:
-        RefusedCheckpointError: unknown names, half pairs, mismatching ranks, impossible shapes, dtypes or alphas.
+        RefusedCheckpointError: unknown names, half modules, mismatching ranks, impossible shapes, dtypes or alphas.
     """
     family, parts = _grouped(checkpoint)
-    halves = {name: {"down", "up"} - roles.keys() for name, roles in parts.items()}
+    needed: set[Role] = {"down", "up"}
+    # sd-scripts writes an alpha for every module: a file that lost some would be applied at another strength
+    if any("alpha" in roles for roles in parts.values()) or "ss_network_alpha" in checkpoint.metadata:
+        needed.add("alpha")
+    halves = {name: needed - roles.keys() for name, roles in parts.items()}
     missing = [f"{shown(name)} has no {' and no '.join(sorted(lacks))}" for name, lacks in halves.items() if lacks]
     if missing:
         raise refused(
             checkpoint.path,
             "half_pair",
-            f"{len(missing)} of {len(parts)} modules lack half of their pair: {'; '.join(missing[:3])}; save it again",
+            f"{len(missing)} of {len(parts)} modules lack a part: {'; '.join(missing[:3])}; save it again",
         )
-    return LoraLayout(family, tuple(_module(checkpoint, name, parts[name]) for name in sorted(parts)))
+    alphas = _peft_alphas(checkpoint) if family is Family.DIFFUSERS else {}
+    return LoraLayout(family, tuple(_module(checkpoint, name, parts[name], alphas) for name in sorted(parts)))
 
 
-def _grouped(checkpoint: Checkpoint) -> tuple[Family, dict[str, dict[Role, str]]]:
+def lora_ranks(header: Header) -> dict[str, int]:
+    """Return the rank of each module of a file that `lora_modules` has accepted, by the header alone."""
+    _, parts = _grouped(header)
+    return {name: header.tensors[roles["down"]].shape[0] for name, roles in parts.items() if "down" in roles}
+
+
+def _grouped(checkpoint: Header) -> tuple[Family, dict[str, dict[Role, str]]]:
     """Return the family and, for each module, its tensors' names by role."""
     parts: dict[str, dict[Role, str]] = {}
     families: set[Family] = set()
@@ -116,7 +141,9 @@ def _grouped(checkpoint: Checkpoint) -> tuple[Family, dict[str, dict[Role, str]]
     return families.pop(), parts
 
 
-def _module(checkpoint: Checkpoint, name: str, parts: dict[Role, str]) -> LoraModule:
+def _module(
+    checkpoint: Checkpoint, name: str, parts: Mapping[Role, str], peft_alphas: Mapping[str, float]
+) -> LoraModule:
     down, up = checkpoint.tensors[parts["down"]], checkpoint.tensors[parts["up"]]
 
     def refusal(code: str, reason: str) -> RefusedCheckpointError:
@@ -133,14 +160,45 @@ def _module(checkpoint: Checkpoint, name: str, parts: dict[Role, str]) -> LoraMo
         )
     if down.shape[0] != up.shape[1]:
         raise refusal("rank_mismatch", f"down has rank {down.shape[0]}, up has rank {up.shape[1]}")
+    spatial = any(size > 1 for size in down.shape[2:])
     if "alpha" not in parts:
-        return LoraModule(name, rank=down.shape[0], alpha=None)
+        return LoraModule(name, down.shape[0], peft_alphas.get(name.partition(".")[0]), spatial)
     entry = checkpoint.tensors[parts["alpha"]]
     start, end = checkpoint.bounds(parts["alpha"])
     alpha = scalar(checkpoint.raw[start:end], entry.dtype) if entry.shape in ((), (1,)) else None
     if alpha is None or alpha <= 0:
         raise refusal("lora_alpha", f"alpha is {entry.dtype} {list(entry.shape)} {alpha}; one number above 0 is needed")
-    return LoraModule(name, rank=down.shape[0], alpha=alpha)
+    return LoraModule(name, down.shape[0], alpha, spatial)
+
+
+def _peft_alphas(checkpoint: Checkpoint) -> dict[str, float]:
+    """Return lora_alpha by the model's name, "unet", as diffusers writes it into the metadata.
+
+    Raises:
+        RefusedCheckpointError: it scales layers singly, or in a way that cannot be read.
+    """
+    text = checkpoint.metadata.get(_PEFT_METADATA)
+    if text is None:
+        return {}
+    try:
+        settings = json.loads(text)
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise refused(checkpoint.path, "lora_alpha", f"{_PEFT_METADATA} is no JSON object; save it again")
+    alphas = {}
+    for key, value in settings.items():
+        model, _, setting = key.rpartition(".")
+        odd = setting in ("alpha_pattern", "use_rslora", "use_dora") and value
+        if setting == "lora_alpha" and type(value) in (int, float) and 0 < value < 1e9:
+            alphas[model] = float(value)
+        elif odd or setting == "lora_alpha":
+            raise refused(
+                checkpoint.path,
+                "lora_alpha",
+                f"{_PEFT_METADATA} has {shown(key)}: {value!r:.60}; save it in kohya's form",
+            )
+    return alphas
 
 
 def _is_pair(down: Tensor, up: Tensor) -> bool:

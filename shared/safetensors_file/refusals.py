@@ -45,11 +45,11 @@ REFUSED_CODES: Mapping[str, str] = MappingProxyType(
         "not_a_lora": "no tensor has the name of a LoRA weight",
         "unknown_key": "some tensors have names that no known LoRA loader applies",
         "mixed_families": "kohya and diffusers names stand in one file",
-        "half_pair": "a module lacks its down or its up weight",
+        "half_pair": "a module lacks its down weight, its up weight or its alpha",
         "lora_dtype": "a LoRA weight is not a real floating-point tensor",
         "lora_shape": "a LoRA pair is neither two matrices nor a convolution and its 1x1 convolution",
         "rank_mismatch": "a module's down and up weights have different ranks",
-        "lora_alpha": "an alpha is not one positive number",
+        "lora_alpha": "an alpha is not one positive number, or the metadata scales layers singly",
     }
 )
 """A verdict on the bytes as they are: never scored, not tried again until the file changes."""

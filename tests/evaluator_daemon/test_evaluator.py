@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 from statistics import fmean
 
@@ -13,13 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluator_daemon.evaluator import crash_text, evaluate_trial
+from evaluator_daemon.evaluator import evaluate_trial
 from evaluator_daemon.job import Job
+from evaluator_daemon.process import crash_text
 from evaluator_daemon.recording import Memory, changed, now
 from evaluator_daemon.scoring import combined_score
-from shared.errors import StudyMismatchError
+from shared.errors import DiskError, StudyMismatchError
 from shared.files import read_model, write_model
 from shared.layout import StudyLayout, TrialLayout
+from shared.logs import LineFormatter
 from shared.planning import make_plan
 from shared.schemas import Attempt, EvaluationState, EvaluationSummary, Metrics
 from tests.evaluator_daemon.tiny_models import PROMPTS, TEXT_MODULES, UNET_MODULES, lora_bytes
@@ -100,7 +104,7 @@ def test_every_checkpoint_is_scored_once(job, trial):
     assert written(trial) == before, "nothing is evaluated twice"
 
 
-def test_touched_files_are_not_rendered_again_but_new_content_under_an_old_name_is(job, trial):
+def test_touched_files_are_not_rendered_again_but_new_content_under_an_old_name_is(job, trial, caplog):
     path = trial.final_checkpoint
     path.write_bytes(lora_bytes(3))
     first = evaluate(job, trial)[path.stem]
@@ -112,7 +116,10 @@ def test_touched_files_are_not_rendered_again_but_new_content_under_an_old_name_
     assert metrics_of(trial, path.stem).evaluation_time == evaluated
 
     path.write_bytes(lora_bytes(4))
-    again = evaluate(job, trial)[path.stem]
+    with caplog.at_level(logging.INFO):
+        again = evaluate(job, trial)[path.stem]
+    lines = [LineFormatter().format(entry) for entry in caplog.records]
+    assert sum(f"superseded checkpoint={path.stem} was=recorded score=" in line for line in lines) == 1
     assert again.checkpoint_sha256 != first.checkpoint_sha256
     assert metrics_of(trial, path.stem).checkpoint_sha256 == again.checkpoint_sha256
 
@@ -129,7 +136,7 @@ def bad_files() -> dict[str, tuple[bytes, str, str | None]]:
     """Name -> content, the status it must end in, the code of its quarantine."""
     wrong_prefix = {f"unet_{name}": shape for name, shape in UNET_MODULES.items()}
     return {
-        "truncated": (lora_bytes()[:-10], "truncated", None),
+        "truncated": (lora_bytes()[:-10], "truncated", "incomplete"),
         "nan": (nan_lora(), "quarantined", "not_finite"),
         "zero": (lora_bytes(strength=0.0), "quarantined", "all_zero"),
         "prefix": (lora_bytes(modules=wrong_prefix), "quarantined", "not_a_lora"),
@@ -155,6 +162,41 @@ def test_each_bad_file_ends_in_its_own_state_and_the_good_one_is_scored(job, tri
 
     (trial.folder / "truncated.safetensors").write_bytes(lora_bytes(6))
     assert evaluate(job, trial)["truncated"].status == "recorded", "a change opens the question again"
+
+
+def test_equal_content_whose_pictures_are_gone_is_rendered_again(job, trial):
+    trial.final_checkpoint.write_bytes(lora_bytes(15))
+    evaluate(job, trial)
+    trial.evaluations.checkpoint(trial.final_checkpoint.stem).sample(1).unlink()
+    (trial.folder / "twin.safetensors").write_bytes(lora_bytes(15))
+    twin = evaluate(job, trial)["twin"]
+    assert (twin.status, twin.same_as) == ("recorded", None)
+    assert trial.evaluations.checkpoint("twin").sample(1).exists()
+
+
+def test_a_full_disk_is_neither_a_strike_nor_an_interruption(job, trial, monkeypatch):
+    path = trial.final_checkpoint
+    path.write_bytes(lora_bytes(16))
+    monkeypatch.setenv("LORA_TUNER_FAILPOINTS", "files.written=full@3")  # the attempt, a picture, the next one
+    monkeypatch.setattr("shared.failpoints._reached", Counter())
+    with pytest.raises(DiskError):
+        evaluate_trial(job, trial.folder, watch=False)
+    record = read_model(trial.evaluations.state, EvaluationState).checkpoints[0]
+    assert (record.status, record.attempts) == ("waiting", ())
+    monkeypatch.delenv("LORA_TUNER_FAILPOINTS")
+    assert [attempt.outcome for attempt in evaluate(job, trial)[path.stem].attempts] == ["recorded"]
+
+
+def test_a_removed_trial_does_not_come_back(job, trial, monkeypatch):
+    trial.final_checkpoint.write_bytes(lora_bytes(17))
+
+    def removed(place: str) -> None:
+        if place == "evaluator.rendered":
+            shutil.rmtree(trial.folder)
+
+    monkeypatch.setattr("evaluator_daemon.evaluator.reach", removed)
+    evaluate_trial(job, trial.folder, watch=False)
+    assert not trial.folder.exists()
 
 
 def test_a_file_that_may_still_grow_waits_without_an_attempt(job, trial):
@@ -192,7 +234,7 @@ def test_an_attempt_left_running_is_closed_by_how_its_process_ended(job, trial, 
     running = changed(record, status="evaluating", attempts=(Attempt(started=now(), outcome="running"),))
     Memory(trial.name, trial.evaluations, job.plan.digest()).put(running)
     trial.evaluations.checkpoint(record.checkpoint).metrics.unlink()
-    redone = evaluate(job, trial, previous_exit=previous_exit)[record.checkpoint]
+    redone = evaluate(job, trial, previous_crash=crash_text(previous_exit))[record.checkpoint]
     assert [attempt.outcome for attempt in redone.attempts] == [outcome, "recorded"]
     assert metrics_of(trial, record.checkpoint).checkpoint_sha256 == record.checkpoint_sha256
 
@@ -243,7 +285,10 @@ def test_a_reference_of_other_libraries_must_show_the_same_picture(job, trial):
 
 @pytest.mark.parametrize(
     ("code", "text"),
-    [(0, None), (130, None), (143, None), (-15, None), (-9, None), (-7, "SIGBUS"), (-6, "SIGABRT"), (3, "status 3")],
+    [
+        *((code, None) for code in (0, 2, 3, 4, 130, 143, -15, -9)),
+        *((-7, "SIGBUS"), (-6, "SIGABRT"), (-11, "SIGSEGV"), (1, "status 1")),
+    ],
 )
 def test_what_counts_as_a_crash(code, text):
     assert (crash_text(code) is None) is (text is None)

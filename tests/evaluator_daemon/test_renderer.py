@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import json
 
 import numpy as np
 import pytest
 
 from evaluator_daemon.job import Job
 from evaluator_daemon.renderers.diffusion import DiffusionRenderer
+from optimizer_daemon.lora_training.lora import text_layers, unet_layers
 from shared.errors import RefusedCheckpointError, SettingsError
 from shared.planning import make_plan
 from shared.safetensors_file import lora_modules, read_checkpoint
@@ -107,6 +109,63 @@ def test_a_lora_that_would_be_applied_in_part_is_refused_and_leaves_no_trace(ren
         pytest.fail("it was applied")
     assert caught.value.code == "not_applied"
     assert (render(renderer) == before).all()
+
+
+def peft_bytes(*, alpha: float | None, part: str = "unet") -> bytes:
+    """A LoRA of rank 2 in diffusers' form, its alpha where diffusers puts it."""
+    import torch
+    from safetensors.torch import save
+
+    tensors = {}
+    for block in ("down_blocks.1", "up_blocks.0"):
+        for layer in ("attn1.to_q", "attn2.to_out.0"):
+            name = f"{part}.{block}.attentions.0.transformer_blocks.0.{layer}"
+            tensors |= {f"{name}.lora_A.weight": torch.ones(2, 16), f"{name}.lora_B.weight": torch.ones(16, 2)}
+    settings = {"unet.r": 2, "unet.lora_alpha": alpha}
+    return save(tensors, {"lora_adapter_metadata": json.dumps(settings)} if alpha is not None else {"format": "pt"})
+
+
+@pytest.mark.parametrize(("alpha", "is_applied"), [(None, True), (2, True), (8, False)])
+def test_a_lora_in_diffusers_form_is_applied_at_its_own_strength_or_not_at_all(renderer, tmp_path, alpha, is_applied):
+    before = render(renderer)
+    if is_applied:
+        with apply(renderer, tmp_path, peft_bytes(alpha=alpha)):
+            assert (render(renderer) != before).any()
+    else:
+        with (
+            pytest.raises(RefusedCheckpointError, match="another strength") as caught,
+            apply(renderer, tmp_path, peft_bytes(alpha=alpha)),
+        ):
+            pytest.fail("it was applied")
+        assert caught.value.code == "not_applied"
+    assert (render(renderer) == before).all()
+
+
+def test_kohyas_alpha_is_applied_as_alpha_by_rank(renderer, tmp_path):
+    from safetensors.torch import load, save
+
+    tensors = load(lora_bytes(rank=4))
+    halved = {name: tensor / 2 if name.endswith("alpha") else tensor for name, tensor in tensors.items()}
+    with apply(renderer, tmp_path, save(halved)):
+        half = render(renderer)
+    with apply(renderer, tmp_path, save(tensors)):
+        assert (render(renderer) != half).any()
+
+
+def test_what_a_lora_leaves_out_is_counted_against_what_the_native_trainer_trains(renderer, tmp_path):
+    pipeline = renderer._pipeline
+    unet = {name: tuple(layer.weight.shape[:2]) for name, layer in unet_layers(pipeline.unet)}
+    text = {name: tuple(layer.weight.shape[:2]) for name, layer in text_layers(pipeline.text_encoder)}
+
+    def left_out(modules: dict) -> set[str]:
+        path = tmp_path / "lora.safetensors"
+        path.write_bytes(lora_bytes(modules=modules))
+        return renderer.left_out(lora_modules(read_checkpoint(path, tmp_path)))
+
+    assert left_out({**unet, **text}) == left_out(unet) == left_out(text) == set()
+    gone = next(iter(unet))
+    assert left_out({name: shape for name, shape in unet.items() if name != gone}) == {gone.removeprefix("lora_")}
+    assert len(left_out({**dict(list(unet.items())[::2]), **text})) == len(unet) // 2
 
 
 def test_the_lora_scale_of_the_plan_counts(job, tmp_path):

@@ -78,6 +78,20 @@ def test_a_file_is_open_until_exactly_these_bytes_have_a_verdict(records, is_ope
 
 
 @pytest.mark.parametrize(
+    ("changed_s", "is_open"),
+    [
+        pytest.param(TIME.timestamp() - 1, False, id="nothing has changed since the verdict"),
+        pytest.param(TIME.timestamp() + 1, True, id="its mode, its owner or its name has"),
+    ],
+)
+@pytest.mark.parametrize("code", ["unreadable", "not_finite"])
+def test_a_file_that_could_not_be_read_is_open_again_after_a_chmod(code, changed_s, is_open):
+    verdict = Quarantine(code=code, reason="x", since=TIME)
+    view = trial(files=[file(changed_s=changed_s)], records=[record(status="quarantined", quarantine=verdict)])
+    assert bool(open_files(view)) is (is_open and code == "unreadable")
+
+
+@pytest.mark.parametrize(
     ("state", "expected"),
     [
         pytest.param("trained", ["lora_trial_1", "a-000002", "a-000004", "odd"], id="the optimizer waits: final first"),

@@ -50,10 +50,10 @@ def test_a_real_lora_gives_every_module_with_rank_and_alpha(tmp_path):
     [
         pytest.param(
             pair("lora_unet_a") | pair("lora_te1_b") | pair("lora_te2_c", (2, 8), (8, 2))
-            | {"lora_te1_b.alpha": alpha(1)},
+            | {"lora_te1_b.alpha": alpha(1), "lora_te2_c.alpha": alpha(2), "lora_unet_a.alpha": alpha(4)},
             Family.KOHYA,
-            [("lora_te1_b", 4, 1.0), ("lora_te2_c", 2, None), ("lora_unet_a", 4, None)],
-            id="SDXL's two text encoders, mixed ranks, one alpha",
+            [("lora_te1_b", 4, 1.0), ("lora_te2_c", 2, 2.0), ("lora_unet_a", 4, 4.0)],
+            id="SDXL's two text encoders, mixed ranks",
         ),
         pytest.param(
             pair("lora_unet_conv", (4, 8, 3, 3), (8, 4, 1, 1)),
@@ -101,6 +101,7 @@ REFUSED = {
     "kohya's and diffusers' names": ("mixed_families", UNET | peft_pair("unet.a")),
     "a down without its up": ("half_pair", UNET | {"lora_unet_b.lora_down.weight": weight(4, 8)}),
     "an up without its down": ("half_pair", UNET | {"lora_unet_b.lora_up.weight": weight(8, 4)}),
+    "an alpha for one module of two": ("half_pair", UNET | pair("lora_unet_b") | {"lora_unet_b.alpha": alpha(1)}),
     "an alpha without both": ("half_pair", UNET | {"lora_unet_b.alpha": alpha(1)}),
     "integers as weights": ("lora_dtype", UNET | {"lora_unet_a.lora_down.weight": weight(4, 8, dtype="I16")}),
     "complex weights": ("lora_dtype", UNET | {"lora_unet_a.lora_up.weight": weight(8, 4, dtype="C64")}),
@@ -126,5 +127,53 @@ def test_anything_a_loader_would_drop_or_misread_is_refused(tmp_path, code, tens
 
 def test_half_pairs_are_counted_and_the_first_are_named(tmp_path):
     halves = {f"lora_unet_{i}.lora_down.weight": weight(4, 8) for i in range(9)}
-    with pytest.raises(RefusedCheckpointError, match=r"9 of 10 modules lack half .* 'lora_unet_0' has no up;"):
+    with pytest.raises(RefusedCheckpointError, match=r"9 of 10 modules lack a part: 'lora_unet_0' has no up;"):
         layout_of(UNET | halves, tmp_path)
+
+
+def refused_with(metadata: dict[str, str], tensors: Parts, folder) -> str | None:
+    try:
+        path = saved(folder / "a.safetensors", file_with(tensors, metadata))
+        lora_modules(read_checkpoint(path, folder))
+    except RefusedCheckpointError as error:
+        return error.code
+    return None
+
+
+@pytest.mark.parametrize(
+    ("metadata", "code"),
+    [
+        pytest.param({}, None, id="a trainer that leaves alpha out everywhere: alpha is the rank"),
+        pytest.param({"ss_network_alpha": "2.0"}, "half_pair", id="sd-scripts', which writes one for every module"),
+    ],
+)
+def test_a_file_without_any_alpha(tmp_path, metadata, code):
+    assert refused_with(metadata, UNET, tmp_path) == code
+
+
+@pytest.mark.parametrize(
+    ("text", "alpha_or_code"),
+    [
+        pytest.param('{"unet.r": 4, "unet.lora_alpha": 8}', 8.0, id="one alpha"),
+        pytest.param('{"text_encoder.lora_alpha": 8}', None, id="only the other model's"),
+        pytest.param(
+            '{"unet.lora_alpha": 4, "unet.alpha_pattern": {}, "unet.use_dora": false}', 4.0, id="patterns empty"
+        ),
+        pytest.param('{"unet.lora_alpha": 4, "unet.alpha_pattern": {"to_q": 2}}', "lora_alpha", id="layers apart"),
+        pytest.param(
+            '{"unet.lora_alpha": 4, "unet.use_rslora": true}', "lora_alpha", id="another scale than alpha/rank"
+        ),
+        pytest.param('{"unet.lora_alpha": "4"}', "lora_alpha", id="no number"),
+        pytest.param("[4]", "lora_alpha", id="no object"),
+        pytest.param("{", "lora_alpha", id="no JSON"),
+    ],
+)
+def test_the_alpha_that_diffusers_keeps_in_the_metadata(tmp_path, text, alpha_or_code):
+    metadata, tensors = {"lora_adapter_metadata": text}, peft_pair("unet.a")
+    if isinstance(alpha_or_code, str):
+        assert refused_with(metadata, tensors, tmp_path) == alpha_or_code
+    else:
+        layout = lora_modules(
+            read_checkpoint(saved(tmp_path / "a.safetensors", file_with(tensors, metadata)), tmp_path)
+        )
+        assert layout.modules[0].alpha == alpha_or_code
