@@ -8,11 +8,19 @@ from pathlib import Path
 
 from evaluator_daemon.settings import EvaluatorSettings
 from shared.errors import SettingsError, StudyMismatchError
-from shared.files import read_model
+from shared.files import read_kept
 from shared.layout import StudyLayout
-from shared.planning import digest_model, make_plan, read_prompt_file, resolve_device
+from shared.planning import (
+    digest_model,
+    make_plan,
+    read_prompt_file,
+    require_base_model,
+    require_clip_model,
+    require_device,
+    resolve_device,
+)
 from shared.schemas import EvaluationPlan, Run
-from shared.settings import LoadedSettings
+from shared.settings import LoadedSettings, make_writable_folder
 
 
 @dataclass(frozen=True)
@@ -49,14 +57,9 @@ def study_folder(settings: EvaluatorSettings, *, make: bool) -> StudyLayout:
     """
     if settings.optimization_dir is None:
         raise SettingsError("--optimization-dir", None, "name the study folder (the optimizer's --output-dir)")
-    if make:
-        try:
-            settings.optimization_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            remedy = f"name a folder that can be made ({error.strerror})"
-            raise SettingsError("--optimization-dir", str(settings.optimization_dir), remedy) from error
-    if not settings.optimization_dir.is_dir():
+    if not make and not settings.optimization_dir.is_dir():
         raise SettingsError("--optimization-dir", str(settings.optimization_dir), "make that folder or name another")
+    make_writable_folder("--optimization-dir", settings.optimization_dir)
     return StudyLayout(settings.optimization_dir.resolve())
 
 
@@ -68,8 +71,10 @@ def find_job(loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout) -> J
     Raises:
         StudyMismatchError: a flag or a model on disk differs from the frozen plan.
         SettingsError: a flag, the base model or the CLIP is not usable.
+        ResourceError: the device is not there.
     """
     settings = loaded.settings
+    require_device(settings.device)
     run = read_run(study)
     if run is not None and run.plan is not None:
         return _job_of_study(loaded, study, run, run.plan)
@@ -79,6 +84,9 @@ def find_job(loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout) -> J
         )
     if settings.base_model is None or settings.prompts is None:
         return None
+    require_base_model(settings.base_model)
+    if settings.clip_model is not None:
+        require_clip_model(settings.clip_model)
     plan = make_plan(
         base_model=settings.base_model,
         prompts=read_prompt_file(settings.prompts),
@@ -93,7 +101,7 @@ def find_job(loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout) -> J
 def read_run(study: StudyLayout) -> Run | None:
     """Return run.json, None while there is none."""
     try:
-        return read_model(study.run, Run)
+        return read_kept(study.run, Run)
     except FileNotFoundError:
         return None
 

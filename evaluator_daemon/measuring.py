@@ -9,6 +9,7 @@ from evaluator_daemon.metrics.base import MetricSource, RenderedSet
 from evaluator_daemon.metrics.pixels import pixel_statistics, sentinel
 from evaluator_daemon.scoring import CLIP_TOLERANCE, combined_score, gate, pixar_style_score
 from shared.errors import SettingsError
+from shared.planning import CLIP_CONSISTENCY
 from shared.schemas import EvaluationPlan, Gate, GateCheck, Metric, Score
 
 
@@ -52,9 +53,9 @@ def gate_of(
         "sentinels": GateCheck(passed=sentinels.passed, reason="; ".join(sentinels.reasons) or None),
     }
     if base is not None:
-        checks["clip_consistency"] = _clip_check(
-            metrics["clip_consistency"],
-            base["clip_consistency"],
+        checks[CLIP_CONSISTENCY] = _clip_check(
+            metrics.get(CLIP_CONSISTENCY),
+            base.get(CLIP_CONSISTENCY),
             preset_number(plan, "gate.clip_tolerance", CLIP_TOLERANCE),
         )
     return Gate(feasible=all(check.passed is not False for check in checks.values()), checks=checks)
@@ -72,7 +73,9 @@ def preset_number(plan: EvaluationPlan, name: str, default: float) -> float:
     return float(value)
 
 
-def _clip_check(lora: Metric, base: Metric, tolerance: float) -> GateCheck:
+def _clip_check(lora: Metric | None, base: Metric | None, tolerance: float) -> GateCheck:
+    if lora is None or base is None:
+        return GateCheck(passed=None, limit=-tolerance, reason="not measured: the study's --metrics leaves it out")
     for metric in (lora, base):
         if metric.status != "ok":
             return GateCheck(passed=None, limit=-tolerance, reason=f"{metric.status}: {metric.reason}")

@@ -33,7 +33,11 @@ class OptimizerSettings(DaemonSettings):
     trainer: str = Field(
         "native", min_length=1, description="who trains: native, or one of your own as module:attribute"
     )
-    seed: int = Field(42, ge=0, description="seed of the search and of every trial's draw")
+    sampler: str = Field("tpe", min_length=1, description="how parameters are drawn: tpe, or random throughout")
+    metrics: str | None = Field(
+        None, description="what is measured, names with commas between; pixels is needed (default: every metric)"
+    )
+    seed: int = Field(42, ge=0, lt=2**63, description="seed of the search and of every trial's draw")
     save_every_n_epochs: int = Field(2, ge=1, description="epochs between two checkpoints")
     num_samples: int = Field(8, ge=1, description="pictures per checkpoint")
     prompts: Path | None = Field(

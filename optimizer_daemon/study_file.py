@@ -7,17 +7,25 @@ import platform
 import secrets
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from optimizer_daemon.settings import OptimizerSettings
-from shared.errors import SettingsError, StudyMismatchError
-from shared.files import read_model, write_model
+from shared.errors import LabError, SettingsError, StudyMismatchError
+from shared.files import read_kept, write_model
 from shared.layout import StudyLayout
-from shared.planning import digest_model, draw_prompts, make_plan, read_prompt_file
+from shared.planning import (
+    digest_model,
+    draw_prompts,
+    make_plan,
+    parse_metrics,
+    read_prompt_file,
+    require_clip_model,
+)
 from shared.schemas import Run, Scalar, Trainer
 from shared.schemas.optimizer import RunStatus
 
@@ -34,37 +42,74 @@ _FREE = {"n_trials", "max_epochs", "timeout", "device"}
 _LIBRARIES = ("lora-tuner", "torch", "diffusers", "transformers", "peft", "optuna")
 
 
-def open_run(settings: OptimizerSettings, study: StudyLayout, now: datetime) -> Run:
-    """Return the study's run.json with status running: made at the first start, compared with the settings later.
+def find_run(settings: OptimizerSettings, study: StudyLayout, now: datetime) -> Run:
+    """Return what the study's run.json has to say from now on; nothing is written.
+
+    It is made from the settings at the first start and compared with them later.
 
     Raises:
         SettingsError: a setting is missing or names nothing usable.
-        StudyMismatchError: the folder was made with other settings, or the base model's files have changed.
+        StudyMismatchError: the folder was made with other settings, the base model's files have changed, or a part of
+            the study is missing.
+        UnreadableFileError: run.json is damaged.
     """
     shown = _shown(settings)
     try:
-        run = read_model(study.run, Run)
+        run = read_kept(study.run, Run)
     except FileNotFoundError:
-        if study.database.exists():
+        if study.database.exists() or study.list_trials():
             raise StudyMismatchError(
                 f"{study.root} holds a study but no run.json; put run.json back, or choose another --output-dir"
             ) from None
         run = _made(settings, study, shown, now)
     else:
         _refuse_changes(run, settings, shown)
-    return rewritten(
-        run, study, "running", now, {**run.settings, **{_flag(name): shown[_flag(name)] for name in _FREE}}
+        if run.storage == _storage(None, study) and not study.database.exists() and study.list_trials():
+            raise StudyMismatchError(
+                f"{study.root} holds trials but no {study.database.name}; put its database back, or choose another "
+                "--output-dir"
+            )
+    free = {_flag(name): shown[_flag(name)] for name in _FREE}
+    return run.model_copy(update={"status": "running", "updated": now, "settings": {**run.settings, **free}})
+
+
+def require_inputs(settings: OptimizerSettings) -> tuple[Path, Path]:
+    """Return the base model and the data set.
+
+    Raises:
+        SettingsError: one of them is not named.
+    """
+    return (
+        _required(settings.base_model, "base_model", "name the diffusers folder of the base model"),
+        _required(settings.dataset_config, "dataset_config", "name the kohya TOML of the training pictures"),
     )
 
 
-def rewritten(
-    run: Run, study: StudyLayout, status: RunStatus, now: datetime, settings: Mapping[str, Any] | None = None
-) -> Run:
+@contextmanager
+def begun(run: Run, study: StudyLayout) -> Iterator[None]:
+    """Write run.json around the opening of the database; a first start that fails there leaves nothing of either.
+
+    run.json comes before a new database, for a database without it is refused; but it only says that an older study
+    runs again once its database has opened.
+    """
+    first = not study.run.exists()
+    if first:
+        write_model(study.run, run)
+    try:
+        yield
+    except LabError:
+        if first:
+            for suffix in ("", "-wal", "-shm", "-journal"):
+                study.database.with_name(study.database.name + suffix).unlink(missing_ok=True)
+            study.run.unlink()
+        raise
+    if not first:
+        write_model(study.run, run)
+
+
+def rewritten(run: Run, study: StudyLayout, status: RunStatus, now: datetime) -> Run:
     """Write run.json with another status and return it."""
-    update: dict[str, Any] = {"status": status, "updated": now}
-    if settings is not None:
-        update["settings"] = dict(settings)
-    changed = run.model_copy(update=update)
+    changed = run.model_copy(update={"status": status, "updated": now})
     write_model(study.run, changed)
     return changed
 
@@ -83,18 +128,29 @@ def captions(dataset_config: Path) -> list[str]:
         raise SettingsError(
             "--dataset-config", str(dataset_config), f"name a readable kohya dataset TOML ({error})"
         ) from error
-    general = document.get("general", {})
-    found = []
-    for dataset in document.get("datasets", []):
-        for subset in dataset.get("subsets", []):
-            known = {**general, **dataset, **subset}
-            if known.get("is_reg") or "image_dir" not in subset:
-                continue
-            folder = dataset_config.parent / subset["image_dir"]
-            files = sorted(folder.glob(f"*{known.get('caption_extension', CAPTION_EXTENSION)}"))
-            texts = [file.read_text(encoding="utf-8-sig", errors="replace") for file in files]
-            found += [text.partition("\n")[0].strip() for text in texts or [known.get("class_tokens", "")]]
-    return found
+    try:
+        return [
+            caption
+            for dataset in document.get("datasets", [])
+            for subset in dataset.get("subsets", [])
+            for caption in _captions_of({**document.get("general", {}), **dataset, **subset}, dataset_config.parent)
+        ]
+    except (AttributeError, TypeError, ValueError) as error:  # a list where a table belongs, and the like
+        raise SettingsError(
+            "--dataset-config", str(dataset_config), f"write its tables as kohya's dataset TOML has them ({error})"
+        ) from error
+    except OSError as error:
+        raise SettingsError(
+            "--dataset-config", str(dataset_config), f"make {error.filename} readable ({error.strerror})"
+        ) from error
+
+
+def _captions_of(subset: Mapping[str, Any], beside: Path) -> list[str]:
+    if subset.get("is_reg") or "image_dir" not in subset:
+        return []
+    files = sorted((beside / subset["image_dir"]).glob(f"*{subset.get('caption_extension', CAPTION_EXTENSION)}"))
+    texts = [file.read_text(encoding="utf-8-sig", errors="replace") for file in files]
+    return [text.partition("\n")[0].strip() for text in texts or [subset.get("class_tokens", "")]]
 
 
 def threads_per_process() -> int:
@@ -103,10 +159,10 @@ def threads_per_process() -> int:
 
 
 def _made(settings: OptimizerSettings, study: StudyLayout, shown: Shown, now: datetime) -> Run:
-    dataset_config = _required(
-        settings.dataset_config, "dataset_config", "name the kohya TOML of the training pictures"
-    )
-    base_model = _required(settings.base_model, "base_model", "name the diffusers folder of the base model")
+    base_model, dataset_config = require_inputs(settings)
+    metrics = parse_metrics(settings.metrics, settings.clip_model)
+    if settings.clip_model is not None:
+        require_clip_model(settings.clip_model)
     prompts = (
         read_prompt_file(settings.prompts)
         if settings.prompts is not None
@@ -120,11 +176,12 @@ def _made(settings: OptimizerSettings, study: StudyLayout, shown: Shown, now: da
         steps=settings.render_steps,
         cfg_scale=settings.cfg_scale,
         clip_model=settings.clip_model,
+        metrics=metrics,
     )
     return Run(
         folder_id=secrets.token_hex(8),
         study_name=settings.study_name,
-        storage=settings.storage or f"sqlite:///{study.database.absolute()}",
+        storage=_storage(settings.storage, study),
         workload=WORKLOAD,
         score_source="evaluator",
         status="running",
@@ -142,22 +199,29 @@ def _made(settings: OptimizerSettings, study: StudyLayout, shown: Shown, now: da
 
 
 def _refuse_changes(run: Run, settings: OptimizerSettings, shown: Shown) -> None:
+    # A setting that is younger than the study had its default there.
+    defaults = {_flag(name): info.default for name, info in OptimizerSettings.model_fields.items()}
+    before = defaults | run.settings
     changed = [
-        f"--{flag}: {run.settings.get(flag)} -> {value}"
+        f"--{flag}: {before[flag]} -> {value}"
         for flag, value in shown.items()
-        if flag.replace("-", "_") not in _FREE and run.settings.get(flag) != value
+        if flag.replace("-", "_") not in _FREE and before[flag] != value
     ]
     if changed:
         raise StudyMismatchError(
             f"this study was made with other settings ({'; '.join(changed)}); use those again, or another --output-dir "
             "and --study-name"
         )
-    base_model = _required(settings.base_model, "base_model", "name the diffusers folder of the base model")
+    base_model, _ = require_inputs(settings)
     if run.plan is not None and digest_model(base_model) != run.plan.base_digest:
         raise StudyMismatchError(
             f"the files of --base-model {base_model} have changed since the study began, so new scores could not be "
             "compared with the old ones; put them back, or use another --output-dir and --study-name"
         )
+
+
+def _storage(asked: str | None, study: StudyLayout) -> str:
+    return asked or f"sqlite:///{study.database.absolute()}"
 
 
 def _shown(settings: OptimizerSettings) -> Shown:

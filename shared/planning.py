@@ -14,7 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from shared.errors import SettingsError
+from shared.errors import CheckpointError, ResourceError, SettingsError, UnknownPluginError
+from shared.safetensors_file import read_header
 from shared.schemas.base import Scalar
 from shared.schemas.plan import EvaluationPlan, ScoringPreset
 
@@ -24,6 +25,20 @@ CFG_SCALE = 7.5
 BASE_SEED = 42
 NUM_SAMPLES = 8
 
+METRIC_SOURCES = ("clip_consistency", "pixels")
+"""What a study measures unless told otherwise; the evaluator's registry holds one metric for each name."""
+PIXELS = "pixels"
+CLIP_CONSISTENCY = "clip_consistency"
+
+_PIPELINE = "StableDiffusionPipeline"
+_COMPONENTS = {  # component -> the file that says what it is
+    "unet": "config.json",
+    "vae": "config.json",
+    "text_encoder": "config.json",
+    "tokenizer": "tokenizer_config.json",
+    "scheduler": "scheduler_config.json",
+}
+_WITH_WEIGHTS = ("unet", "vae", "text_encoder")
 _NOT_RENDERING = {"safety_checker", "feature_extractor", "image_encoder"}
 
 
@@ -47,6 +62,100 @@ def digest_model(folder: Path, *, setting: str = "--base-model") -> str:
     except OSError as error:
         raise SettingsError(setting, str(folder), f"make {error.filename} readable ({error.strerror})") from error
     return digest.hexdigest()
+
+
+def require_base_model(folder: Path, *, setting: str = "--base-model") -> None:
+    """Refuse what is no whole Stable Diffusion 1.x or 2.x pipeline; only its small files and headers are read.
+
+    Raises:
+        SettingsError: a single file, no diffusers folder, another family, or a part that is missing or cut short.
+    """
+    if folder.is_file():
+        raise SettingsError(
+            setting, str(folder), "a single file cannot be used; convert it to a diffusers folder and name that"
+        )
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise SettingsError(setting, str(folder), "name a diffusers folder; it holds model_index.json")
+    pipeline = _read_json(index, setting).get("_class_name")
+    if pipeline != _PIPELINE:
+        raise SettingsError(setting, str(folder), f"it is a {pipeline}; name a {_PIPELINE} (Stable Diffusion 1.x)")
+    missing = [f"{part}/{file}" for part, file in _COMPONENTS.items() if not (folder / part / file).is_file()]
+    if missing:
+        raise SettingsError(setting, str(folder), f"it lacks {', '.join(missing)}; copy the whole model")
+    for part in _WITH_WEIGHTS:
+        _require_weights(folder / part, setting)
+
+
+def require_clip_model(folder: Path, *, setting: str = "--clip-model") -> None:
+    """Refuse what is no whole CLIP in transformers' layout; only its small files and headers are read.
+
+    Raises:
+        SettingsError: no such folder, another kind of model, or a part that is missing or cut short.
+    """
+    if not (folder / "config.json").is_file():
+        raise SettingsError(setting, str(folder), "name the local folder of a CLIP model; it holds config.json")
+    kind = _read_json(folder / "config.json", setting).get("model_type")
+    if kind != "clip":
+        raise SettingsError(
+            setting, str(folder), f"its config.json says model_type {kind!r}; name a whole CLIP, 'clip'"
+        )
+    lacking = [name for name in ("preprocessor_config.json",) if not (folder / name).is_file()]
+    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+        lacking.append("tokenizer.json")
+    if lacking:
+        raise SettingsError(setting, str(folder), f"it lacks {', '.join(lacking)}; copy the whole model")
+    _require_weights(folder, setting)
+
+
+def require_device(device: str) -> None:
+    """Refuse a CUDA device that is not there.
+
+    Args:
+        device: "auto", "cpu", "cuda" or "cuda:N".
+    Raises:
+        ResourceError: the driver shows no such device, or torch is a CPU build.
+    """
+    if not device.startswith("cuda"):
+        return
+    count = cuda_device_count()
+    if count == 0 or _torch_is_cpu_build():
+        why = "the CUDA driver shows no device" if count == 0 else "the installed torch is a CPU build"
+        raise ResourceError(f"--device {device}: {why}; repair that, or use --device cpu")
+    if int(device.partition(":")[2] or 0) >= count:
+        raise ResourceError(f"--device {device}: there are only {count} CUDA devices, counted from 0; name another")
+
+
+def parse_metrics(names: str | None, clip_model: Path | None) -> tuple[str, ...]:
+    """Return the metric sources that `--metrics` names, sorted; all of them for None.
+
+    Raises:
+        UnknownPluginError: there is no such metric.
+        SettingsError: the pixel metrics are left out, or a CLIP is named that nothing would use.
+    """
+    if names is None:
+        return METRIC_SOURCES
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    for name in wanted:
+        if name not in METRIC_SOURCES:
+            raise UnknownPluginError("metric", name, METRIC_SOURCES)
+    if PIXELS not in wanted:
+        raise SettingsError("--metrics", names, f"the score is computed from {PIXELS}; add it")
+    if CLIP_CONSISTENCY not in wanted and clip_model is not None:
+        raise SettingsError(
+            "--metrics", names, f"--clip-model only serves {CLIP_CONSISTENCY}; add that or leave it out"
+        )
+    return tuple(sorted(set(wanted)))
+
+
+def metrics_of(plan: EvaluationPlan) -> tuple[str, ...]:
+    """Return the metric sources the plan's study measures.
+
+    Raises:
+        UnknownPluginError: the plan was made by a program that knows more metrics.
+    """
+    recorded = plan.scoring.values.get("metrics")
+    return METRIC_SOURCES if recorded is None else parse_metrics(str(recorded), None)
 
 
 def default_size(base_model: Path) -> tuple[int, int]:
@@ -138,6 +247,7 @@ def make_plan(
     clip_skip: int = 1,
     base_seed: int = BASE_SEED,
     clip_model: Path | None = None,
+    metrics: Sequence[str] = METRIC_SOURCES,
 ) -> EvaluationPlan:
     """Freeze everything that decides a checkpoint's pixels and scores; settings beyond these have their defaults.
 
@@ -146,6 +256,7 @@ def make_plan(
         device: decides the number format only; "auto", "cpu", "cuda" or "cuda:N".
         clip_skip: the training's, 1 for the text encoder's last layer.
         clip_model: local CLIP folder, None to do without CLIP consistency.
+        metrics: what is measured, from `parse_metrics`.
     Raises:
         SettingsError: the base model or the CLIP is not usable.
     """
@@ -166,11 +277,11 @@ def make_plan(
         lora_scale=1.0,
         dtype=default_dtype(device),
         batch_size=num_samples,
-        scoring=combined_preset(clip_model),
+        scoring=combined_preset(clip_model, metrics),
     )
 
 
-def combined_preset(clip_model: Path | None = None) -> ScoringPreset:
+def combined_preset(clip_model: Path | None = None, metrics: Sequence[str] = METRIC_SOURCES) -> ScoringPreset:
     """The default scoring: distance to the brightness and contrast targets, behind the sentinels and the CLIP gate."""
     values: dict[str, Scalar] = {
         "target.brightness": 0.50,
@@ -180,6 +291,8 @@ def combined_preset(clip_model: Path | None = None) -> ScoringPreset:
     }
     if clip_model is not None:
         values["clip_digest"] = digest_model(clip_model, setting="--clip-model")
+    if tuple(metrics) != METRIC_SOURCES:  # the default stays unwritten: the plans of earlier studies keep their hash
+        values["metrics"] = ",".join(metrics)
     return ScoringPreset(name="combined", objective="combined_score", values=values)
 
 
@@ -202,6 +315,20 @@ def _model_files(folder: Path, setting: str) -> list[Path]:
     if not any(file.suffix in (".safetensors", ".bin") for file in files):
         raise SettingsError(setting, str(folder), "it holds no weights (*.safetensors or *.bin); copy the whole model")
     return sorted(files)
+
+
+def _require_weights(folder: Path, setting: str) -> None:
+    """See by their headers that the weights of one part are whole; *.bin files are left to the loader."""
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+    if not files:
+        raise SettingsError(setting, str(folder), "it holds no weights (*.safetensors or *.bin); copy the whole model")
+    for file in files:
+        if file.suffix == ".safetensors":
+            real = file.resolve()  # a download cache keeps the content elsewhere and links to it
+            try:
+                read_header(real, real.parent)
+            except CheckpointError as error:
+                raise SettingsError(setting, str(file), f"{error.reason}; copy that file again") from error
 
 
 def _config(base_model: Path, component: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
 import re
 import tomllib
@@ -30,7 +31,7 @@ from pydantic_settings import (
     SettingsError as EnvDecodeError,
 )
 
-from shared.errors import SettingsError
+from shared.errors import DiskError, SettingsError
 
 TABLES = ("optimizer", "evaluator")
 
@@ -41,7 +42,7 @@ class DaemonSettings(BaseSettings):
     `table` is the model's table in the study file; environment variables are `<TABLE>_DAEMON_<FIELD>`.
     """
 
-    model_config = SettingsConfigDict(extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     table: typing.ClassVar[str]
 
     @classmethod
@@ -111,6 +112,25 @@ def load_settings(
         field = str(first["loc"][0]) if first["loc"] else next(iter(fields))
         where = origins[field] if origins[field] != "default" else f"--{field.replace('_', '-')}"
         raise SettingsError(where, _plain(first["input"]), _remedy(first, fields[field])) from error
+
+
+def make_writable_folder(setting: str, folder: Path) -> None:
+    """Make `folder` where it is missing and see that files can be made in it.
+
+    Args:
+        setting: how the user named the folder, for messages.
+    Raises:
+        SettingsError: something else stands there, or it cannot be made or written.
+        DiskError: the disk is full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskError(folder, error) from error
+        raise SettingsError(setting, str(folder), f"name a folder that can be made ({error.strerror})") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise SettingsError(setting, str(folder), "that folder cannot be written; name another or correct its rights")
 
 
 def describe_settings(loaded: LoadedSettings[Any]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from shared.commands import run_command
+from shared.errors import UserError
 
 if TYPE_CHECKING:
     from shared.settings import DaemonSettings
@@ -31,19 +33,36 @@ class Verb:
     declare: Callable[[argparse.ArgumentParser], Callable[[argparse.Namespace], int]]
 
 
-class _VerbParser(argparse.ArgumentParser):
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in our one line; argparse would print the whole usage before it."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        arguments, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            verb = getattr(arguments, "parser", self)
+            known = [option for action in verb._actions for option in action.option_strings]
+            close = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"see {verb.prog} --help for the list"
+            raise UserError(f"unrecognized arguments: {' '.join(unknown)}; {hint}")
+        return arguments
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+class _VerbParser(_Parser):
     verb: Verb | None = None
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if self.verb is not None:
             verb, self.verb = self.verb, None
-            self.set_defaults(run=verb.declare(self))
+            self.set_defaults(run=verb.declare(self), parser=self)
         return super().parse_known_args(args, namespace)
 
 
 def run_verb(program: str, description: str, verbs: Sequence[Verb], argv: Sequence[str] | None) -> NoReturn:
     """Parse `argv`, run the verb it names, and exit with the codes of `shared.errors`."""
-    parser = argparse.ArgumentParser(prog=program, description=description)
+    parser = _Parser(prog=program, description=description)
     choices = parser.add_subparsers(metavar="VERB", required=True, parser_class=_VerbParser)
     for verb in verbs:
         choices.add_parser(verb.name, help=verb.help).verb = verb

@@ -44,13 +44,16 @@ class BaseModel:
         return "sd_v2" if self.text_width == _SD2_WIDTH else "sd_v1"
 
 
-def inspect_base_model(folder: Path) -> BaseModel:
+def inspect_base_model(folder: Path, *, setting: str = "pretrained_model_name_or_path") -> BaseModel:
     """Return what the configuration files tell.
 
+    Args:
+        folder: a diffusers folder.
+        setting: how the user named it, for messages.
     Raises:
         UserError: a single file, no diffusers folder, another family, or an incomplete folder.
     """
-    setting = f"pretrained_model_name_or_path: {folder}"
+    setting = f"{setting}: {folder}"
     if folder.is_file():
         raise UserError(f"{setting} is a single file; the native trainer needs a diffusers folder, so convert it first")
     if not (folder / "model_index.json").is_file():

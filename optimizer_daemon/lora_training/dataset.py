@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,6 +147,36 @@ def load_data(path: Path, *, batch_size: int, multiple_of: int) -> TrainingData:
     return TrainingData(path, tuple(_image_set(path, plan) for plan in plans))
 
 
+def check_data(path: Path, *, multiple_of: int) -> None:
+    """Read a data set as a training does and decode every picture, as far as it takes to find a damaged file.
+
+    10,000 pictures of a megapixel take half a minute on two cores as JPEG or PNG, more than a minute as WebP.
+
+    Raises:
+        UserError: as `load_data`, or a picture is damaged.
+    """
+    data = load_data(path, batch_size=1, multiple_of=multiple_of)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        for damage in threads.map(_damage, sorted({image.path for image in data.images})):
+            if damage is not None:
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise damage
+
+
+def _damage(file: Path) -> UserError | None:
+    """Decode a picture in the cheapest way that reads it to its end; Pillow lets other threads run meanwhile."""
+    try:
+        with Image.open(file) as image:
+            if image.format == "PNG":
+                image.verify()  # each chunk has a checksum
+            else:
+                image.draft("RGB", (1, 1))  # JPEG: an eighth of the size
+                image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return _no_image(file, error)
+    return None
+
+
 def _image_set(toml: Path, plan: DatasetPlan) -> ImageSet:
     images: list[TrainingImage] = []
     for number, subset in enumerate(plan.subsets):
@@ -170,7 +202,7 @@ def _training_image(file: Path, plan: DatasetPlan, subset: Subset) -> TrainingIm
             size = image.size
         sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file} is no readable image ({error}); mend or remove it") from error
+        raise _no_image(file, error) from error
     fit = plan.dataset.rule.fit(size)
     if not all(fit.bucket):
         raise UserError(
@@ -178,6 +210,10 @@ def _training_image(file: Path, plan: DatasetPlan, subset: Subset) -> TrainingIm
             "enlarge or remove it"
         )
     return TrainingImage(file, sha256, read_caption(file, subset), fit, subset)
+
+
+def _no_image(file: Path, error: Exception) -> UserError:
+    return UserError(f"{file} is no readable image ({error}); mend or remove it")
 
 
 def _draw(image: TrainingImage, rng: random.Random) -> Draw:

@@ -14,17 +14,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from optimizer_daemon.lora_training.config import TrainConfig
 from optimizer_daemon.lora_training.lora import LoraNetwork
+from optimizer_daemon.lora_training.optimizer_names import NAMED, class_path
 from shared.errors import SettingsError
 
-# Lower-case name -> class. bitsandbytes' optimizers run on CPUs, too; small tensors (below 4096 numbers) keep 32 bits.
-_NAMED: Mapping[str, str] = {
-    "adamw": "torch.optim.AdamW",
-    "adamw8bit": "bitsandbytes.optim.AdamW8bit",
-    "lion": "bitsandbytes.optim.Lion",
-    "lion8bit": "bitsandbytes.optim.Lion8bit",
-    "adafactor": "transformers.optimization.Adafactor",
-    "prodigy": "prodigyopt.Prodigy",
-}
 # Adafactor's own defaults would replace the learning rates by a relative step and refuse a warm-up.
 _FIXED: Mapping[str, Mapping[str, Any]] = {
     "adafactor": {"scale_parameter": False, "relative_step": False, "warmup_init": False},
@@ -104,7 +96,7 @@ def warmup_steps(config: TrainConfig, total_steps: int) -> int:
 
 def _resolve(optimizer_type: str) -> tuple[type[Optimizer], str]:
     """Return the class and its full name."""
-    target = _NAMED.get(optimizer_type.lower(), optimizer_type)
+    target = class_path(optimizer_type)
     module_name, _, class_name = target.rpartition(".")
     module_name = module_name or "torch.optim"
     where = "optimizer_type"
@@ -115,7 +107,7 @@ def _resolve(optimizer_type: str) -> tuple[type[Optimizer], str]:
             where, optimizer_type, f"{module_name} cannot be imported ({error}); install it or correct the name"
         ) from error
     if not isinstance(kind, type) or not issubclass(kind, Optimizer):
-        names = ", ".join(sorted(_NAMED))
+        names = ", ".join(sorted(NAMED))
         raise SettingsError(
             where, optimizer_type, f"{target} is no torch optimizer; use one of {names}, or package.module.Class"
         )

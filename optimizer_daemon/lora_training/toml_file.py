@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -44,4 +45,13 @@ def closest(name: str, known: Iterable[str]) -> str:
 def unknown_key(path: Path, where: str, key: str, known: Iterable[str]) -> UserError:
     """Return the error for a key nobody reads; `where` is its table, "" for the top."""
     place = f"{where}.{key}" if where else key
-    return UserError(f"{path}: {place}: there is no such key{closest(key, known) or '; take it out'}")
+    return UserError(
+        f"{path}{_at_line(path, key)}: {place}: there is no such key{closest(key, known) or '; take it out'}"
+    )
+
+
+def _at_line(path: Path, key: str) -> str:
+    """Return " line N" of the first line that sets `key` or opens the table of that name, or nothing."""
+    pattern = re.compile(rf"\s*(\[\[?\s*)?[\"']?{re.escape(key)}[\"']?\s*[=.\]]")
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    return next((f" line {number}" for number, line in enumerate(lines, 1) if pattern.match(line)), "")

@@ -65,6 +65,11 @@ class FloatParameter(Record):
         return step
 
     @property
+    def ends(self) -> tuple[Value, ...]:
+        """The least and the greatest value."""
+        return (self.low, self.high)
+
+    @property
     def kind(self) -> Kind:
         """Kind of its values in expressions."""
         return "number"
@@ -124,6 +129,11 @@ class IntParameter(Record):
         return step
 
     @property
+    def ends(self) -> tuple[Value, ...]:
+        """The least and the greatest value."""
+        return (self.low, self.high)
+
+    @property
     def kind(self) -> Kind:
         """Kind of its values in expressions."""
         return "number"
@@ -165,6 +175,11 @@ class CategoricalParameter(Record):
             if choice in choices[:index]:
                 raise ValueError(f"{choice!r} occurs twice; write each choice once")
         return choices
+
+    @property
+    def ends(self) -> tuple[Value, ...]:
+        """Every choice: none lies between others."""
+        return self.choices
 
     @property
     def kind(self) -> Kind:

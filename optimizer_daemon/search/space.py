@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from optimizer_daemon.search.constraints import Constraint
@@ -100,6 +100,30 @@ class SearchSpace:
             f"search space {self.name!r}: none of {objections.total():,} draws is feasible, {count:,} of them because "
             f"of {reason!r}; loosen that rule or widen the ranges"
         )
+
+    def samples(self, rng: Random) -> Iterator[dict[str, Value]]:
+        """Draw feasible configurations that hold every choice and both ends of every range between them.
+
+        A value around which nothing is feasible is left out, for it is never drawn.
+
+        Raises:
+            UserError: nothing is feasible at all.
+        """
+        first = self.draw(rng)
+        yield first
+        for name, parameter in self.parameters.items():
+            for value in parameter.ends:
+                values = {**first, name: value}
+                if next(self._objections(self._add_derived({**values})), None) is not None:
+                    try:
+                        values = self._fixed(name, value).draw(rng)
+                    except UserError:
+                        continue
+                yield values
+
+    def _fixed(self, name: str, value: Value) -> SearchSpace:
+        only = CategoricalParameter(type="categorical", choices=(value,))
+        return replace(self, parameters={**self.parameters, name: only}, start_up=None)
 
     def _draw_first(self, rng: Random) -> dict[str, Value]:
         if self.start_up is None:

@@ -89,3 +89,12 @@ def test_the_tolerance_of_the_plan_counts():
     base = {"clip_consistency": CLIP}
     assert not gate_of(rendered(pictures()), worse, base, plan()).feasible
     assert gate_of(rendered(pictures()), worse, base, plan(**{"gate.clip_tolerance": 0.2})).feasible
+
+
+def test_a_metric_that_the_study_leaves_out_is_an_unchecked_gate_not_a_failed_one():
+    found = rendered(pictures(), pictures(1))
+    metrics = measure([PixelMetrics(None)], found)
+    verdict = gate_of(found, metrics, metrics, plan(metrics="pixels"))
+    assert verdict.feasible
+    assert verdict.checks["clip_consistency"].passed is None
+    assert "--metrics leaves it out" in (verdict.checks["clip_consistency"].reason or "")

@@ -90,7 +90,7 @@ def regularisation(folder: Path) -> None:
             "train_config.toml: could not be read (No such file or direct",
         ),
         (lambda f: (f / "train_config.toml").write_text("= 1"), {}, "train_config.toml: not valid TOML"),
-        (None, {"netwrok_dim": 8}, "train_config.toml: netwrok_dim: there is no such key; did you mean 'network_dim'?"),
+        (None, {"netwrok_dim": 8}, "netwrok_dim: there is no such key; did you mean 'network_dim'?"),
         (None, {"output_name": None}, "train_config.toml: output_name is missing"),
         (None, {"learning_rate": "high"}, "train_config.toml: learning_rate: 'high' will not do"),
         (
@@ -117,7 +117,7 @@ def regularisation(folder: Path) -> None:
         ),
         (lambda f: (f / "base/vae/config.json").write_text("{"), {}, "vae/config.json: could not be read"),
         (None, {"dataset_config": "missing.toml"}, "missing.toml: could not be read (No such file or directory)"),
-        (typo_in_dataset, {}, "dataset.toml: datasets[0].batch_sise: there is no such key; did you mean 'batch_size'?"),
+        (typo_in_dataset, {}, "datasets[0].batch_sise: there is no such key; did you mean 'batch_size'?"),
         (regularisation, {}, "dataset.toml: datasets[0].subsets[0].is_reg: True will not do; the native trainer does"),
         (no_captions, {}, "images/b.png has no caption: b.txt is missing"),
         (no_images, {}, "image_dir: "),

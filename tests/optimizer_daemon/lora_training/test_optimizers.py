@@ -97,7 +97,7 @@ def test_a_part_that_is_not_trained_has_no_group():
     [
         (
             {"optimizer_type": "AdamX"},
-            "optimizer_type: 'AdamX' will not do; AdamX is no torch optimizer; use one of adaf",
+            "optimizer_type: 'AdamX' will not do; AdamX is no torch optimizer; use one of ASGD, Ada",
         ),
         (
             {"optimizer_type": "no.such.Thing"},

@@ -1,0 +1,61 @@
+"""Everything that can be told about a study's input before its first trial, and before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from random import Random
+
+from optimizer_daemon.optuna_adapter.study import Draw
+from optimizer_daemon.recovery import params_of
+from optimizer_daemon.runner import now_local
+from optimizer_daemon.search.expressions import Value
+from optimizer_daemon.search.space import SearchSpace
+from optimizer_daemon.settings import OptimizerSettings
+from optimizer_daemon.study_file import find_run, require_inputs
+from optimizer_daemon.trainers.base import ChecksInput, TrainerPlugin
+from shared.errors import SettingsError, UserError
+from shared.layout import StudyLayout
+from shared.schemas import Run
+
+
+def check_inputs(
+    settings: OptimizerSettings,
+    study: StudyLayout,
+    space: SearchSpace,
+    trainer: TrainerPlugin,
+    pinned: Mapping[str, Value],
+) -> Run:
+    """Return what run.json has to say, once everything the settings name has been looked at.
+
+    Args:
+        pinned: parameters that have this value in this run.
+    Raises:
+        UserError: something of it will not do; nothing was written.
+        ContractError: run.json is damaged.
+    """
+    if isinstance(trainer, ChecksInput):
+        trainer.check_input(*require_inputs(settings))
+    run = find_run(settings, study, now_local())
+    _rehearse(settings, study, space, trainer, pinned, run)
+    return run
+
+
+def _rehearse(
+    settings: OptimizerSettings,
+    study: StudyLayout,
+    space: SearchSpace,
+    trainer: TrainerPlugin,
+    pinned: Mapping[str, Value],
+    run: Run,
+) -> None:
+    """Plan a training for every declared choice: one that cannot be trained would only show in the trial it is drawn
+    for, maybe days later.
+    """
+    for values in space.samples(Random(settings.seed)):
+        draw = Draw(0, {**values, **pinned}, None, now_local())
+        try:
+            trainer.plan(params_of(draw, space, settings.seed), study.trial(1), run)
+        except SettingsError:
+            raise  # about a flag, which it names
+        except UserError as error:
+            raise UserError(f"--search-space {settings.search_space}: {error}") from error

@@ -1,0 +1,68 @@
+"""Every registered sampler draws feasible configurations, the same ones for the same seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from optimizer_daemon.optuna_adapter import sampler
+from optimizer_daemon.optuna_adapter.study import TuningStudy
+from optimizer_daemon.search.space import SearchSpace, parse_space
+from shared.errors import UnknownPluginError
+
+SPACE = """
+name = "small"
+[parameters.rate]
+type = "float"
+low = 1e-5
+high = 1e-3
+log = true
+[parameters.dim]
+type = "categorical"
+choices = [4, 8, 16]
+[[constraints]]
+when = "dim >= 8 and rate > 1e-4"
+reason = "too hot"
+"""
+
+
+@pytest.fixture
+def space() -> SearchSpace:
+    return parse_space(SPACE, "test.toml")
+
+
+def draws(folder: Path, space: SearchSpace, name: str) -> list[dict]:
+    folder.mkdir()
+    study = TuningStudy.open("s", f"sqlite:///{folder / 's.db'}", space, seed=3, folder_id="a", sampler=name)
+    found = []
+    for _ in range(5):
+        draw = study.ask()
+        study.tell_complete(draw.number, draw.values["rate"], None)
+        found.append(draw.values)
+    return found
+
+
+@pytest.mark.parametrize("name", sampler.SAMPLERS.names)
+def test_a_sampler_draws_feasible_values_and_repeats_them_for_its_seed(tmp_path, space, monkeypatch, name):
+    monkeypatch.setattr(sampler, "START_UP_TRIALS", 2)
+    found = draws(tmp_path / "one", space, name)
+    assert all(space.is_feasible(values) for values in found)
+    assert draws(tmp_path / "two", space, name) == found
+
+
+def test_random_never_learns_and_tpe_does(tmp_path, space, monkeypatch):
+    monkeypatch.setattr(sampler, "START_UP_TRIALS", 2)
+    plain = []
+    for number in range(5):
+        plain.append(space.draw(Random(f"3/{number}")))
+    assert [*draws(tmp_path / "random", space, "random")][:2] == plain[:2]
+    assert draws(tmp_path / "tpe", space, "tpe")[2:] != plain[2:]
+
+
+def test_an_unknown_sampler_is_refused_before_the_database_is_made(tmp_path, space):
+    file = tmp_path / "s.db"
+    with pytest.raises(UnknownPluginError, match="no sampler named 'grid'; choose one of random, tpe"):
+        TuningStudy.open("s", f"sqlite:///{file}", space, seed=3, folder_id="a", sampler="grid")
+    assert not file.exists()

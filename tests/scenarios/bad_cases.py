@@ -1,0 +1,624 @@
+"""Every kind of bad input, and what the command has to say to it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from examples.tiny_world.paths import BASE_MODEL, CLIP_MODEL
+from shared.layout import StudyLayout
+from tests.scenarios.bad_input import Case, World
+
+Spoil = Callable[[World], list[str]]
+
+
+def flags(*words: object) -> Spoil:
+    """The optimizer with these flags."""
+    return lambda world: world.optimizer(*words)
+
+
+def edited(name: str, old: str, new: str, command: Callable[[World], list[str]] = World.optimizer) -> Spoil:
+    """A TOML file of the world with another text in place of `old`."""
+
+    def spoil(world: World) -> list[str]:
+        world.replace(getattr(world, name), old, new)
+        return command(world)
+
+    return spoil
+
+
+def picture(change: Callable[[Path, Path], object]) -> Spoil:
+    """The data set after `change(picture, its caption file)`."""
+
+    def spoil(world: World) -> list[str]:
+        file = world.pictures / "01_red_cube.png"
+        change(file, file.with_suffix(".txt"))
+        return world.optimizer()
+
+    return spoil
+
+
+def model(flag: str, source: Path, change: Callable[[Path], object], name: str = "optimizer") -> Spoil:
+    """A copy of a model folder after `change(folder)`."""
+
+    def spoil(world: World) -> list[str]:
+        folder = world.model(source)
+        change(folder)
+        return list(getattr(world, name)(flag, folder))
+
+    return spoil
+
+
+def in_json(file: str, **changes: object) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        document = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(document | changes))
+
+    return change
+
+
+def cut(file: str) -> Callable[[Path], object]:
+    """Half of the file is lost."""
+    return lambda folder: (folder / file).write_bytes(
+        (folder / file).read_bytes()[: (folder / file).stat().st_size // 2]
+    )
+
+
+def written(name: str, text: str | bytes, *words: object) -> Spoil:
+    """A file of this content; `{}` in a flag stands for its path."""
+
+    def spoil(world: World) -> list[str]:
+        file = world.folder / name
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return world.optimizer(*[str(word).replace("{}", str(file)) for word in words])
+
+    return spoil
+
+
+def variable(name: str, value: str) -> Spoil:
+    def spoil(world: World) -> list[str]:
+        world.variables[name] = value
+        return world.optimizer()
+
+    return spoil
+
+
+def read_only(world: World) -> list[str]:
+    """The study folder on a file system that is mounted read-only."""
+    world.study.mkdir()
+    script = f'mount -t tmpfs -o ro tmpfs {world.study} && exec "$@"'
+    return [*world.unshare, "sh", "-c", script, "sh", *world.optimizer()]
+
+
+def held(lock: str, command: Callable[[World], list[str]]) -> Spoil:
+    def spoil(world: World) -> list[str]:
+        world.hold(world.study / lock)
+        return command(world)
+
+    return spoil
+
+
+def run_json(change: Callable[[str], str], command: Callable[[World], list[str]] = World.optimizer) -> Spoil:
+    """run.json after `change(its text)`, its checksum left as it was."""
+
+    def spoil(world: World) -> list[str]:
+        file = world.study / "run.json"
+        file.write_text(change(file.read_text()))
+        return command(world)
+
+    return spoil
+
+
+def with_newer_schema(world: World) -> None:
+    """run.json as a later program would write it: whole, checksum and all."""
+    file = world.study / "run.json"
+    body = file.read_text().replace('"schema_version": 1', '"schema_version": 2').rpartition('  "checksum"')[0]
+    file.write_text(f'{body}  "checksum": "sha256:{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n')
+
+
+def after(change: Callable[[World], object], command: Callable[[World], list[str]] = World.optimizer) -> Spoil:
+    def spoil(world: World) -> list[str]:
+        change(world)
+        return command(world)
+
+    return spoil
+
+
+def database(world: World) -> Path:
+    return StudyLayout(world.study).database
+
+
+def trial(world: World) -> None:
+    (world.study / "trial_0001").mkdir()
+    (world.study / "trial_0001" / "params.json").write_text("{}")
+
+
+UNREADABLE = "could not be read (No such file or directory); correct the path"
+OPTIMIZER = 'choices = ["AdamW"]'
+
+DATA = [
+    Case("data set: no such TOML", ("nowhere.toml", UNREADABLE), flags("--dataset-config", "nowhere.toml")),
+    Case(
+        "data set: none named",
+        ("--dataset-config: None", "set dataset_config in [optimizer]"),
+        edited("study_file", 'dataset_config = "dataset.toml"\n', ""),
+    ),
+    Case(
+        "data set: no such image folder",
+        ("subsets[0].image_dir", "photos is no folder"),
+        edited("dataset", '"pictures"', '"photos"'),
+    ),
+    Case(
+        "data set: an empty image folder",
+        ("image_dir", "pictures holds no image (.bmp"),
+        after(lambda world: (shutil.rmtree(world.pictures), world.pictures.mkdir())),
+    ),
+    Case(
+        "data set: an image without caption",
+        ("01_red_cube.png has no caption: 01_red_cube.txt is missing", "write it"),
+        picture(lambda image, caption: caption.unlink()),
+    ),
+    Case(
+        "data set: an empty caption",
+        ("01_red_cube.txt is empty", "into its first line"),
+        picture(lambda image, caption: caption.write_text("")),
+    ),
+    Case(
+        "data set: a caption that is no UTF-8",
+        ("01_red_cube.txt: byte 0 is not UTF-8", "save the caption"),
+        picture(lambda image, caption: caption.write_bytes(b"\xff\xfe")),
+    ),
+    Case(
+        "data set: half a PNG",
+        ("01_red_cube.png is no readable image", "mend or remove it"),
+        picture(lambda image, caption: image.write_bytes(image.read_bytes()[:-600])),
+    ),
+    Case(
+        "data set: a text named .png",
+        ("01_red_cube.png is no readable image", "mend or remove it"),
+        picture(lambda image, caption: image.write_text("hello")),
+    ),
+    Case(
+        "data set: a misspelt key",
+        ("dataset.toml line 5: datasets[0].batchsize", "did you mean 'batch_size'?"),
+        edited("dataset", "batch_size = 2", "batchsize = 2"),
+    ),
+    Case(
+        "data set: a wrong value",
+        ("datasets[0].batch_size: 0 will not do",),
+        edited("dataset", "batch_size = 2", "batch_size = 0"),
+    ),
+    Case(
+        "data set: no TOML",
+        ("dataset.toml: not valid TOML", "at line 4"),
+        edited("dataset", "resolution = 64", "resolution = "),
+    ),
+    Case(
+        "data set: no table",
+        ("there is no [[datasets]] table; add one",),
+        after(lambda world: world.dataset.write_text("[general]\n")),
+    ),
+    Case(
+        "data set: a size the model cannot take",
+        ("datasets[0].resolution: (62, 62) will not do", "multiples of"),
+        edited("dataset", "resolution = 64", "resolution = 62"),
+    ),
+    Case(
+        "data set: a feature that is not there",
+        ("subsets[0].is_reg: True will not do", "take the key out"),
+        edited("dataset", 'image_dir = "pictures"', 'image_dir = "pictures"\nis_reg = true'),
+    ),
+]
+
+SETTINGS = [
+    Case(
+        "study file: none there",
+        ("--config: 'nowhere.toml'", "name a readable TOML file"),
+        lambda world: [*world.optimizer(), "--config", "nowhere.toml"],
+    ),
+    Case(
+        "study file: a misspelt key",
+        ("study.toml line 5: searchspace: 'space.toml'", "did you mean search_space?"),
+        edited("study_file", "search_space", "searchspace"),
+    ),
+    Case(
+        "study file: a wrong type",
+        ("study.toml [optimizer] num_samples: 'two'", "valid integer", "pictures per"),
+        edited("study_file", "num_samples = 2", 'num_samples = "two"'),
+    ),
+    Case(
+        "study file: true for a number",
+        ("study.toml [optimizer] num_samples: True", "not true or false"),
+        edited("study_file", "num_samples = 2", "num_samples = true"),
+    ),
+    Case(
+        "study file: no TOML",
+        ("--config", "mend the TOML", "line 7"),
+        edited("study_file", 'device = "cpu"', "device = cpu"),
+    ),
+    Case(
+        "study file: a table nobody reads",
+        ("study.toml line 9: evaluater", "[optimizer], [evaluator]"),
+        edited("study_file", "[evaluator]", "[evaluater]"),
+    ),
+    Case(
+        "environment: a misspelt name",
+        ("OPTIMIZER_DAEMON_N_TRAIL: '3'", "did you mean n_trials?"),
+        variable("OPTIMIZER_DAEMON_N_TRAIL", "3"),
+    ),
+    Case(
+        "environment: a wrong value",
+        ("OPTIMIZER_DAEMON_N_TRIALS: 'many'", "valid integer"),
+        variable("OPTIMIZER_DAEMON_N_TRIALS", "many"),
+    ),
+    Case("flag: unknown", ("unrecognized arguments: --n-trails 3", "did you mean --n-trials?"), flags("--n-trails", 3)),
+    Case(
+        "verb: unknown",
+        ("argument VERB: invalid choice: 'rum'", "optimizer-daemon --help"),
+        lambda world: [*world.optimizer()[:3], "rum"],
+    ),
+    Case(
+        "flag: a word for a number of trials to show",
+        ("argument --top: invalid int value: 'many'", "status --help"),
+        lambda world: world.status("--top", "many"),
+    ),
+    Case(
+        "flag: one that is needed",
+        ("the following arguments are required: --trial", "evaluate --help"),
+        lambda world: world.evaluator(verb="evaluate"),
+    ),
+    Case("flag: no value", ("argument --n-trials: expected one argument", "run --help"), flags("--n-trials")),
+    Case("flag: no trial", ("--n-trials: '0'", "greater than or equal to 1"), flags("--n-trials", 0)),
+    Case(
+        "flag: fewer pictures than none",
+        ("--num-samples: '-1'", "greater than or equal to 1"),
+        flags("--num-samples=-1"),
+    ),
+    Case("flag: no time", ("--timeout: '0'", "greater than 0"), flags("--timeout", 0)),
+    Case("flag: not a number", ("--cfg-scale: 'nan'", "finite number"), flags("--cfg-scale", "nan")),
+    Case("flag: no such device name", ("--device: 'gpu'", "auto, cpu, cuda or cuda:N"), flags("--device", "gpu")),
+    Case("flag: a GPU that is not there", ("--device cuda:99", "--device cpu"), flags("--device", "cuda:99"), code=4),
+    Case("status: no study", ("study holds no study (no run.json)", "--output-dir"), World.status),
+    Case("status: fewer trials than one", ("--top: 0", "one trial or more"), lambda world: world.status("--top", 0)),
+]
+
+PLUGINS = [
+    Case("sampler: unknown", ("no sampler named 'tpee'; choose one of random, tpe",), flags("--sampler", "tpee")),
+    Case(
+        "metric: unknown",
+        ("no metric named 'fid'; choose one of clip_consistency, pixels",),
+        flags("--metrics", "pixels,fid"),
+    ),
+    Case(
+        "metric: the score's own left out",
+        ("--metrics: 'clip_consistency'", "add it"),
+        flags("--metrics", "clip_consistency"),
+    ),
+    Case("metric: a CLIP for nothing", ("--metrics: 'pixels'", "clip_consistency"), flags("--metrics", "pixels")),
+    Case("trainer: unknown", ("no trainer named 'kohia'; choose one of native",), flags("--trainer", "kohia")),
+    Case(
+        "trainer: no such module",
+        ("trainer: 'no_such:TRAINER'", "there is no module 'no_such'"),
+        flags("--trainer", "no_such:TRAINER"),
+    ),
+]
+
+SPACES = [
+    Case(
+        "space: no such file", ("no search space", "v3", "one of the presets v1, v2.1"), flags("--search-space", "v3")
+    ),
+    Case("space: no TOML", ("space.toml: line 2", "mend the TOML there"), edited("space", '"quick"', "quick")),
+    Case(
+        "space: an unknown key",
+        ("space.toml: parameters -> learning_rate -> hihg", "the keys here are"),
+        edited("space", "high = 4e-3", "hihg = 4e-3"),
+    ),
+    Case(
+        "space: a bad rule",
+        ("space.toml: constraints #1 -> when", "there is no 'lr' here"),
+        edited(
+            "space",
+            "[parameters.learning_rate]",
+            'constraints = [{when = "lr > 1", reason = "too high"}]\n[parameters.learning_rate]',
+        ),
+    ),
+    Case(
+        "space: nothing is feasible",
+        ("search space 'quick'", "too high", "loosen that rule"),
+        edited(
+            "space",
+            "[parameters.learning_rate]",
+            'constraints = [{when = "learning_rate > 0", reason = "too high"}]\n[parameters.learning_rate]',
+        ),
+    ),
+    Case(
+        "space: a parameter the trainer does not know",
+        ("--search-space", "space.toml", "network_dimm: the native trainer has no such setting", "did you mean"),
+        edited("space", "parameters.network_dim]", "parameters.network_dimm]"),
+    ),
+    Case(
+        "space: an unknown optimizer among the choices",
+        ("space.toml", "optimizer_type: 'AdamX' will not do", "did you mean 'Adam"),
+        edited("space", OPTIMIZER, 'choices = ["AdamW", "Lion", "AdamX"]'),
+    ),
+    Case(
+        "space: an optimizer whose package is missing",
+        ("'no_package.Adam' will not do", "install its package"),
+        edited("space", OPTIMIZER, 'choices = ["AdamW", "no_package.Adam"]'),
+    ),
+    Case(
+        "space: a value out of the trainer's range",
+        ("space.toml", "network_dim: 0 will not do"),
+        edited("space", "choices = [4, 8]", "choices = [4, 8, 0]"),
+    ),
+]
+
+MODELS = [
+    Case(
+        "base model: none there",
+        ("--base-model", "name a diffusers folder; it holds model_index.json"),
+        flags("--base-model", "nowhere"),
+    ),
+    Case(
+        "base model: a single file",
+        ("model.safetensors", "convert it to a diffusers folder"),
+        written("model.safetensors", "x", "--base-model", "{}"),
+    ),
+    Case(
+        "base model: SDXL",
+        ("--base-model", "StableDiffusionXLPipeline", "name a StableDiffusionPipeline"),
+        model("--base-model", BASE_MODEL, in_json("model_index.json", _class_name="StableDiffusionXLPipeline")),
+    ),
+    Case(
+        "base model: a part is missing",
+        ("lacks vae/config.json; copy the whole model",),
+        model("--base-model", BASE_MODEL, lambda folder: shutil.rmtree(folder / "vae")),
+    ),
+    Case(
+        "base model: no weights",
+        ("unet", "it holds no weights"),
+        model("--base-model", BASE_MODEL, lambda f: (f / "unet/diffusion_pytorch_model.safetensors").unlink()),
+    ),
+    Case(
+        "base model: truncated weights",
+        ("unet/diffusion_pytorch_model.safetensors", "copy that file again"),
+        model("--base-model", BASE_MODEL, cut("unet/diffusion_pytorch_model.safetensors")),
+    ),
+    Case(
+        "base model: for inpainting",
+        ("its UNet takes 9 channels", "inpainting models are not trained"),
+        model("--base-model", BASE_MODEL, in_json("unet/config.json", in_channels=9)),
+    ),
+    Case("CLIP: none there", ("--clip-model", "it holds config.json"), flags("--clip-model", "nowhere")),
+    Case(
+        "CLIP: another model",
+        ("--clip-model", "model_type 't5'"),
+        model("--clip-model", CLIP_MODEL, in_json("config.json", model_type="t5")),
+    ),
+    Case(
+        "CLIP: a part is missing",
+        ("lacks preprocessor_config.json",),
+        model("--clip-model", CLIP_MODEL, lambda folder: (folder / "preprocessor_config.json").unlink()),
+    ),
+    Case(
+        "CLIP: truncated weights",
+        ("model.safetensors", "copy that file again"),
+        model("--clip-model", CLIP_MODEL, cut("model.safetensors")),
+    ),
+    Case("prompts: no such file", ("--prompts", "name a readable UTF-8 text file"), flags("--prompts", "nowhere.txt")),
+    Case(
+        "prompts: none in it",
+        ("--prompts", "it holds no prompt; write one a line"),
+        written("prompts.txt", "# only this\n", "--prompts", "{}"),
+    ),
+    Case(
+        "prompts: an option",
+        ("prompts.txt line 2: '--n'", "write the prompt alone"),
+        written("prompts.txt", "a ball\na cube --n blurry\n", "--prompts", "{}"),
+    ),
+    Case(
+        "prompts: no UTF-8",
+        ("--prompts", "name a readable UTF-8 text file"),
+        written("prompts.txt", b"\xff\xfe", "--prompts", "{}"),
+    ),
+]
+
+PLACES = [
+    Case(
+        "folder: none named",
+        ("--output-dir: None", "name the study folder"),
+        edited("study_file", 'output_dir = "study"\n', ""),
+    ),
+    Case(
+        "folder: a file stands there",
+        ("--output-dir", "name a folder that can be made (File exists)"),
+        written("place", "x", "--output-dir", "{}"),
+    ),
+    Case(
+        "folder: below a file",
+        ("--output-dir", "name a folder that can be made (Not a directory)"),
+        written("place", "x", "--output-dir", "{}/study"),
+    ),
+    Case(
+        "folder: not to be written",
+        ("--output-dir", "cannot be written; name another"),
+        read_only,
+        impossible=World.no_mounts,
+    ),
+    Case("storage: no URL", ("--storage: 'study.db'", "such as sqlite:///"), flags("--storage", "study.db")),
+    Case(
+        "storage: no such folder",
+        ("--storage", "unable to open database file"),
+        flags("--storage", "sqlite:////nowhere/study.db"),
+    ),
+    Case(
+        "storage: no such driver",
+        ("--storage", "name a database that opens"),
+        flags("--storage", "mysql+nodriver://localhost/study"),
+    ),
+    Case(
+        "storage: not a database",
+        ("--storage", "that file is damaged or no SQLite database"),
+        written("notes.db", "hello " * 500, "--storage", "sqlite:///{}"),
+    ),
+]
+
+STUDIES = [
+    Case(
+        "study: another optimizer is alive",
+        ("optimizer.lock is held by pid", "stop it first"),
+        held("optimizer.lock", World.optimizer),
+    ),
+    Case(
+        "study: another manager is alive",
+        ("evaluator_manager.lock is held by pid", "stop it first"),
+        held("evaluator_manager.lock", World.evaluator),
+    ),
+    Case(
+        "study: another name", ("--study-name: lora_study -> other", "use those again"), flags("--study-name", "other")
+    ),
+    Case("study: another plan", ("--num-samples: 2 -> 4",), flags("--num-samples", 4)),
+    Case("study: another space", ("--search-space:", "space.toml -> v1"), flags("--search-space", "v1")),
+    Case(
+        "study: the space was changed",
+        ("learning_rate: 0.0001..0.004 log -> 0.0001..0.002 log", "use that one"),
+        edited("space", "high = 4e-3", "high = 2e-3"),
+    ),
+    Case(
+        "study: a parameter was added",
+        ("max_grad_norm: absent -> 0.5..1.0",),
+        edited(
+            "space",
+            "[parameters.network_dim]",
+            '[parameters.max_grad_norm]\ntype = "float"\nlow = 0.5\nhigh = 1.0\n[parameters.network_dim]',
+        ),
+    ),
+    Case(
+        "study: another data set",
+        ("--dataset-config:", "other.toml"),
+        after(
+            lambda w: shutil.copy(w.dataset, w.folder / "other.toml"),
+            lambda w: w.optimizer("--dataset-config", w.folder / "other.toml"),
+        ),
+    ),
+    Case(
+        "study: another base model",
+        ("--base-model:", "-> ", "use those again"),
+        model("--base-model", BASE_MODEL, lambda folder: None),
+    ),
+    Case(
+        "study: a database of another Optuna",
+        ("was made by another version of Optuna", "optuna storage upgrade"),
+        after(lambda w: w.query("UPDATE alembic_version SET version_num = 'v3.0.0.d'")),
+    ),
+    Case(
+        "study: run.json of a newer program",
+        ("schema_version 2, this one reads 1; upgrade it",),
+        after(with_newer_schema),
+        code=3,
+    ),
+    Case(
+        "study: run.json edited by hand",
+        ("run.json", "python -m shared.seal"),
+        run_json(lambda text: text.replace('"lora_study"', '"lora_studio"', 1)),
+        code=3,
+    ),
+    Case("study: half a run.json", ("run.json",), run_json(lambda text: text[: len(text) // 2]), code=3),
+    Case("study: no run.json", ("no run.json; put run.json back",), after(lambda w: (w.study / "run.json").unlink())),
+    Case(
+        "study: no database",
+        ("no optuna_study.db; put its database back",),
+        after(lambda w: (trial(w), database(w).unlink())),
+    ),
+    Case(
+        "study: an earlier copy of the database",
+        ("trial_0001, but the study knows only 0 trials", "put its"),
+        after(trial),
+    ),
+    Case(
+        "study: a database of noise",
+        ("--storage", "that file is damaged", "put a copy of it back"),
+        after(lambda w: database(w).write_bytes(b"noise " * 2000)),
+    ),
+    Case(
+        "study: a database damaged inside",
+        ("--storage", "that file is damaged", "put a copy of it back"),
+        after(
+            lambda w: database(w).write_bytes((raw := database(w).read_bytes())[:4096] + b"\xff" * (len(raw) - 4096))
+        ),
+    ),
+]
+
+EVALUATOR = [
+    Case(
+        "evaluator: no folder named",
+        ("--optimization-dir: None", "name the study folder"),
+        edited("study_file", 'optimization_dir = "study"\n', "", World.evaluator),
+    ),
+    Case("evaluator: no such folder", ("--optimization-dir", "make that folder or name another"), World.evaluator),
+    Case(
+        "evaluator: nothing to go by",
+        ("--base-model: None", "pass --base-model and --prompts"),
+        after(lambda w: w.study.mkdir(), World.evaluator),
+    ),
+    Case(
+        "evaluator: SDXL",
+        ("--base-model", "StableDiffusionXLPipeline"),
+        after(
+            lambda w: (
+                w.study.mkdir(),
+                (w.folder / "p.txt").write_text("a ball"),
+                in_json("model_index.json", _class_name="StableDiffusionXLPipeline")(w.model(BASE_MODEL)),
+            ),
+            lambda w: w.evaluator("--base-model", w.folder / "model", "--prompts", w.folder / "p.txt"),
+        ),
+    ),
+    Case(
+        "evaluator: a trial that is none",
+        ("--trial: ", "name a trial's folder"),
+        lambda world: world.evaluator("--trial", "nowhere", verb="evaluate"),
+    ),
+    Case(
+        "evaluator: a folder outside any study",
+        ("run.json; pass --base-model and --prompts",),
+        lambda world: world.evaluator("--trial", world.pictures, verb="evaluate"),
+    ),
+]
+EVALUATOR_OF_STUDY = [
+    Case(
+        "evaluator: other pictures",
+        ("--num-samples is 3, but the study's run.json has 2", "leave the flag out"),
+        lambda world: world.evaluator("--num-samples", 3),
+    ),
+    Case(
+        "evaluator: another base model",
+        ("its content is not that of the base model",),
+        model("--base-model", BASE_MODEL, in_json("unet/config.json", sample_size=4), "evaluator"),
+    ),
+    Case(
+        "evaluator: another CLIP",
+        ("the study was started with another CLIP",),
+        model("--clip-model", CLIP_MODEL, in_json("preprocessor_config.json", crop_size=1), "evaluator"),
+    ),
+    Case(
+        "evaluator: a GPU that is not there",
+        ("--device cuda:99", "--device cpu"),
+        lambda world: world.evaluator("--device", "cuda:99"),
+        code=4,
+    ),
+    Case(
+        "evaluator: run.json edited by hand",
+        ("run.json", "python -m shared.seal"),
+        run_json(lambda text: text.replace('"lora_study"', '"lora_studio"', 1), World.evaluator),
+        code=3,
+    ),
+]
+
+CASES = [
+    *(DATA + SETTINGS + PLUGINS + SPACES + MODELS + PLACES + EVALUATOR),
+    *(replace(case, study=True) for case in STUDIES + EVALUATOR_OF_STUDY),
+]
