@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     verbs = (
         Verb("run", "watch a study folder and score every checkpoint", _declare_run),
         Verb("evaluate", "score the checkpoints of one trial", _declare_evaluate),
+        Verb("retry", "lift the quarantine of a trial's checkpoints", _declare_retry),
         Verb("inspect", "prove that LoRA files are whole and fit to be scored", _declare_inspect),
         settings_verb(_settings_model),
     )
@@ -70,6 +71,20 @@ def _declare_inspect(parser: argparse.ArgumentParser) -> Run:
     return _inspect
 
 
+def _declare_retry(parser: argparse.ArgumentParser) -> Run:
+    parser.description = (
+        "Forget the strikes and the quarantine of a trial's checkpoints, or of one, so that they are evaluated again: "
+        "at once where a manager runs, else with the next evaluation."
+    )
+    parser.add_argument("trial", metavar="TRIAL", help="folder name or number of the trial, such as trial_0005 or 5")
+    parser.add_argument(
+        "checkpoint", nargs="?", metavar="CHECKPOINT", help="file name of one checkpoint (default: all of the trial)"
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="study file (TOML) that names the study folder")
+    parser.add_argument("--optimization-dir", type=Path, metavar="DIR", help="study folder")
+    return _retry
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from evaluator_daemon.manager import run_manager
     from shared.settings import load_settings
@@ -101,6 +116,20 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from evaluator_daemon.evaluator import evaluate_trial  # seconds of torch, so bad input is told before
 
     evaluate_trial(job, trial, watch=arguments.watch)
+    return 0
+
+
+def _retry(arguments: argparse.Namespace) -> int:
+    from evaluator_daemon.commands import ask
+    from evaluator_daemon.job import study_folder
+    from shared.schemas import Retry
+    from shared.settings import load_settings
+
+    study = study_folder(load_settings(_settings_model(), arguments).settings, make=False)
+    number = int(arguments.trial) if arguments.trial.isdecimal() else 0
+    name = study.trial(number).name if number else arguments.trial
+    checkpoint = arguments.checkpoint
+    print(ask(study, Retry(kind="retry", trial_name=name, checkpoint=checkpoint, asked_by="evaluator-daemon retry")))
     return 0
 
 

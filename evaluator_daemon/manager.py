@@ -19,26 +19,38 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Literal
 
+from evaluator_daemon.commands import lift, refusal_of
 from evaluator_daemon.folder import look_at, read_or_none
 from evaluator_daemon.job import Job, find_job, read_run, study_folder
+from evaluator_daemon.news import News
 from evaluator_daemon.process import PRELOADED, run_evaluator_process, wake_on_news
 from evaluator_daemon.settings import EvaluatorSettings
-from evaluator_daemon.sweep import SETTLED, TrialView, back_off_s, is_over, open_files, wanted_trials
+from evaluator_daemon.sweep import TrialView, back_off_s, is_over, open_files, wanted_trials
 from evaluator_daemon.watcher import FolderWatch
-from shared.errors import CheckpointError, ContractError, LabError, ResourceError, SettingsError, StudyMismatchError
+from shared.errors import (
+    AlreadyRunningError,
+    CheckpointError,
+    ContractError,
+    LabError,
+    ResourceError,
+    SettingsError,
+    StudyMismatchError,
+    UserError,
+)
 from shared.failpoints import reach
 from shared.files import sweep_temp_files, write_model
 from shared.layout import RUN, StudyLayout, TrialLayout
 from shared.locks import FileLock
 from shared.logs import log_change, set_up_logs, tear_down_logs
+from shared.requests import RequestFolder
 from shared.safetensors_file import read_header
 from shared.schemas import (
     ActiveEvaluator,
     CheckpointRecord,
     EvaluationState,
     EvaluatorManagerState,
-    Metrics,
     QuarantinedCheckpoint,
+    Retry,
 )
 from shared.service import Service
 from shared.settings import LoadedSettings
@@ -46,7 +58,11 @@ from shared.settings import LoadedSettings
 MAX_EVALUATORS = 2
 """One for the trial in training and one for the trial before it; more would only take turns on one device."""
 STOP_TIMEOUT_S = 20.0
+OPTIMIZER_GRACE_S = 30.0
+"""With --exit-when-finished: how long a study that was finished before we came may still be extended."""
+LAST_WORDS_S = 2.0
 WAKING_NAMES = ("trial_*", RUN)
+WAKING_REQUESTS = ("*-*.json",)  # not our own answers
 
 _log = logging.getLogger(__name__)
 
@@ -82,14 +98,18 @@ def run_manager(loaded: LoadedSettings[EvaluatorSettings], *, once: bool, exit_w
     with FileLock(study.manager_lock):
         set_up_logs(study.manager_log)
         sweep_temp_files(study.root)
+        requests = RequestFolder(study, "evaluator")
+        requests.tidy(datetime.now().astimezone())
         service = Service()
         watch = FolderWatch(study.root, WAKING_NAMES, service.wake)
+        request_watch = FolderWatch(requests.path, WAKING_REQUESTS, service.wake)
         manager = Manager(loaded, study, service, once=once, exit_when_finished=exit_when_finished, watch=watch)
         log_change(_log, "manager started", pid=os.getpid(), folder=study.root)
         try:
             service.run(manager.tick, 1.0 if once else loaded.settings.check_interval)
         finally:
             watch.close()
+            request_watch.close()
             manager.close()
             log_change(_log, "manager stopped")
             tear_down_logs()
@@ -117,26 +137,30 @@ class Manager:
         self._once = once
         self._exit_when_finished = exit_when_finished
         self._watch = watch
+        self._requests = RequestFolder(study, "evaluator")
         self._started = datetime.now().astimezone()
+        self._started_s = time.monotonic()
+        self._saw_optimizer = False
         self._job: Job | None = None
         self._said_waiting = False
         self._running: dict[str, RunningEvaluator] = {}
         self._histories: dict[str, History] = {}
         self._records = RecordCache()
-        self._said: dict[str, set[tuple[str, str | None, str]]] = {}
+        self._news = News(study)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(PRELOADED))
 
     def tick(self) -> None:
         """Sweep once."""
         self._watch.check()
+        self._serve_requests()
         if not self._find_job():
             return
         assert self._job is not None
         trials = self._look()
         self._reap(trials)
         for trial in trials:
-            self._say_news(trial)
+            self._news.say(trial)
         self._start_and_stop(trials)
         self._write_state(trials, "running")
         if not self._running and self._is_done(trials):
@@ -157,6 +181,26 @@ class Manager:
             self._write_state(self._look() if self._job else [], "stopped")
 
     # --------------------------------------------------------------------------------------------------------- sweep
+
+    def _serve_requests(self) -> None:
+        """Carry out what people ask for; what an evaluator in our way has to make room for first stays pending."""
+        for request in self._requests.pending():
+            if not isinstance(request.command, Retry):
+                self._requests.refuse(request, refusal_of(request.command))
+                continue
+            name = request.command.trial_name
+            try:
+                result = lift(self._study, request.command)
+            except AlreadyRunningError:
+                if name in self._running:
+                    _terminate(self._running[name])
+            except (ContractError, UserError) as error:
+                log_change(_log, "request refused", level=logging.WARNING, id=request.id, reason=error)
+                self._requests.refuse(request, str(error))
+            else:
+                log_change(_log, "request", kind="retry", id=request.id, trial=name, checkpoints=result["checkpoints"])
+                self._histories[name] = History()
+                self._requests.accept(request, result)
 
     def _find_job(self) -> bool:
         """Know the plan, or wait for it."""
@@ -262,7 +306,21 @@ class Manager:
             return False
         over = all(is_over(trial, self._job.idle_timeout_s) and not open_files(trial) for trial in trials)
         run = read_run(self._study)
-        return over and (run.status == "finished" if run is not None else bool(trials))
+        if run is None:
+            return over and bool(trials)
+        # Whoever extends a finished study starts both daemons at once; the optimizer needs a while to say "running".
+        self._saw_optimizer |= FileLock.is_held(self._study.optimizer_lock)
+        waited = self._saw_optimizer or time.monotonic() - self._started_s >= OPTIMIZER_GRACE_S
+        return over and run.status == "finished" and waited and self._optimizer_has_gone()
+
+    def _optimizer_has_gone(self) -> bool:
+        """Wait a moment for one that has only its last words left: a whole check interval would be long for that."""
+        deadline = time.monotonic() + LAST_WORDS_S
+        while held := FileLock.is_held(self._study.optimizer_lock):
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(0.05)
+        return not held
 
     def _fail(self, name: str, code: int, history: History) -> None:
         """With --once: a crash is a strike, so it is tried again; anything else ends the run with the same code."""
@@ -274,25 +332,6 @@ class Manager:
         self.failure = {2: StudyMismatchError, 3: ContractError}.get(code, ResourceError)(message)
 
     # ------------------------------------------------------------------------------------------------- what people see
-
-    def _say_news(self, trial: TrialView) -> None:
-        """One line for each checkpoint that was recorded, quarantined or found truncated since the last sweep."""
-        told = self._said.get(trial.name)
-        news = {_verdict(record): record for record in trial.records if record.status in SETTLED}
-        self._said[trial.name] = set(news)
-        if told is None:
-            log_change(_log, "trial seen", trial=trial.name, state=trial.state, checkpoints=len(trial.files))
-            return
-        evaluations = TrialLayout(self._study.root / trial.name).evaluations
-        for record in (record for verdict, record in news.items() if verdict not in told):
-            if record.status == "recorded":
-                _say_recorded(
-                    trial.name, record, read_or_none(evaluations.checkpoint(record.checkpoint).metrics, Metrics)
-                )
-            else:
-                why = record.quarantine.reason if record.quarantine else "its writer has gone"
-                fields = {"trial": trial.name, "checkpoint": record.checkpoint, "reason": why}
-                log_change(_log, f"checkpoint {record.status}", level=logging.WARNING, **fields)
 
     def _write_state(self, trials: list[TrialView], status: Literal["waiting", "running", "stopped"]) -> None:
         by_name = {trial.name: trial for trial in trials}
@@ -338,29 +377,6 @@ def _terminate(running: RunningEvaluator) -> None:
     if not running.handled:
         running.handled = True
         running.process.terminate()
-
-
-def _verdict(record: CheckpointRecord) -> tuple[str, str | None, str]:
-    return record.checkpoint, record.checkpoint_sha256, record.status
-
-
-def _say_recorded(trial: str, record: CheckpointRecord, metrics: Metrics | None) -> None:
-    if metrics is None:
-        log_change(_log, "checkpoint recorded", trial=trial, checkpoint=record.checkpoint)
-        return
-    log_change(
-        _log,
-        "checkpoint recorded",
-        trial=trial,
-        checkpoint=record.checkpoint,
-        epoch=metrics.epoch,
-        brightness=metrics.metrics["brightness"].value,
-        contrast=metrics.metrics["contrast"].value,
-        saturation=metrics.metrics["saturation"].value,
-        score=metrics.scores["combined_score"].value,
-        feasible=metrics.gate.feasible,
-        seconds=metrics.seconds.total,
-    )
 
 
 def _active(name: str, running: RunningEvaluator, trial: TrialView | None) -> ActiveEvaluator:

@@ -3,38 +3,49 @@
 from __future__ import annotations
 
 import logging
-import re
-import signal
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime
-from random import Random
 from typing import Any
 
+from optimizer_daemon.commands import RequestDesk
 from optimizer_daemon.display import LiveLine, duration
+from optimizer_daemon.enqueue import Queue, pinned_values, stage_of
 from optimizer_daemon.lifecycle import Action, next_action
-from optimizer_daemon.optuna_adapter.study import Draw, TuningStudy
-from optimizer_daemon.recovery import live_trial, params_of, recover
+from optimizer_daemon.optuna_adapter.sampler import SAMPLERS
+from optimizer_daemon.optuna_adapter.study import TuningStudy
+from optimizer_daemon.recovery import (
+    KILL_TIMEOUT_S,
+    drop_training_state,
+    live_trial,
+    recover,
+    refuse_unknown_trials,
+    sweep_leftovers,
+)
 from optimizer_daemon.refresh import PictureRefresh
-from optimizer_daemon.results import all_trials, publish_final, trials_of_stage, write_results
-from optimizer_daemon.runner import LiveTrial, Runner, now_local
+from optimizer_daemon.results import all_trials, publish_final, results_are_of, trials_of_stage, write_results
+from optimizer_daemon.runner import LiveTrial, Runner, kind_of, now_local
 from optimizer_daemon.scores import ScoreReader
 from optimizer_daemon.scoring_command import EVALUATOR, ScoringCommand
 from optimizer_daemon.search.load import load_space
 from optimizer_daemon.search.space import format_parameters
 from optimizer_daemon.settings import OptimizerSettings
-from optimizer_daemon.study_file import open_run, rewritten
-from optimizer_daemon.summary import ended_text, stopped_text
+from optimizer_daemon.start_checks import check_inputs
+from optimizer_daemon.study_file import begun, rewritten
+from optimizer_daemon.summary import ended_text, progress_fields, progress_parts, seconds, seconds_left, stopped_text
 from optimizer_daemon.trainers import TRAINERS
 from optimizer_daemon.watch_script import write_watch_script
 from shared.errors import LabError, ResourceError, SettingsError, Stopped
 from shared.failpoints import reach
+from shared.files import write_model
 from shared.layout import StudyLayout
 from shared.locks import FileLock
 from shared.logs import log_change, set_up_logs
+from shared.planning import require_device
+from shared.requests import RequestFolder
 from shared.schemas import AllTrials, Run
 from shared.schemas.optimizer import RunStatus
 from shared.service import Service
+from shared.settings import make_writable_folder
 from shared.supervise import STOP_TIMEOUT_S
 
 TICK_S = 1.0
@@ -42,9 +53,6 @@ MOST_EQUAL_FAILURES = 3  # in a row
 MOST_UNSCORED = 2  # trainings that ended and wait for their score, for each slot
 
 _STARTS = (Action.TRAIN, Action.RESUME, Action.REDO, Action.EVALUATE)
-_KILL_TIMEOUT_S = 10.0
-_KIND_CHARACTERS = 100
-_EPOCHS = "max_train_epochs"
 
 _log = logging.getLogger(__name__)
 
@@ -77,100 +85,114 @@ class OptimizerDaemon:
         self._failures: list[str] = []
         self._ticking = False
         self._begin = clock()
-        self._stage = None if settings.max_epochs is None else f"{settings.max_epochs} epochs"
+        self._stage = stage_of(settings.max_epochs)
 
     # ------------------------------------------------------------------------------------------------ the whole run
 
     def run(self) -> None:
-        """Run until enough trials are finished.
+        """Run until enough trials are finished, or a request asks to stop.
 
         Raises:
             AlreadyRunningError: another daemon has this folder.
             Stopped: a signal asked to stop; the trainings were stopped and go on at the next start.
             LabError: something a person has to mend first.
         """
-        self.layout.root.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.layout.optimizer_lock):
+        self._space = load_space(self._settings.search_space)
+        self._trainer = TRAINERS.load(self._settings.trainer)
+        SAMPLERS.load(self._settings.sampler)
+        require_device(self._settings.device)
+        make_writable_folder("--output-dir", self.layout.root)
+        # A signal counts from here to the last line: a second one must not kill us while the trainings are stopped.
+        with FileLock(self.layout.optimizer_lock), self._service.signals():
             set_up_logs(self.layout.optimizer_log)
             self._open()
             try:
                 self._service.run(self._tick, TICK_S)
-            except (LabError, KeyboardInterrupt) as error:
-                self._line.clear()
+            except LabError as error:
                 # A second Ctrl-C reaches us in the middle of a tick: nothing is waited for then.
-                self._stop_trials(error, at_once=self._ticking and isinstance(error, Stopped | KeyboardInterrupt))
-                raise Stopped(signal.SIGINT) if isinstance(error, KeyboardInterrupt) else error from None
-            self._end()
+                self._stop_trials(str(error), at_once=self._ticking and isinstance(error, Stopped))
+                raise
+            if self._desk.stop_asked is not None:
+                self._stop_trials("stopped by request", at_once=False)
+                self._desk.answer_stop(f"stopped: {self._finished} of {self._target} trials are finished")
+            else:
+                self._end()
 
     def _open(self) -> None:
         """Freeze or compare run.json, open the study and find what an earlier daemon left."""
-        space = load_space(self._settings.search_space)
-        trainer = TRAINERS.load(self._settings.trainer)
-        self._run: Run = open_run(self._settings, self.layout, now_local())
+        space, settings = self._space, self._settings
+        pinned = pinned_values(space, settings.max_epochs)
+        self._run: Run = check_inputs(settings, self.layout, space, self._trainer, pinned)
         assert self._run.plan is not None and self._run.plan_hash is not None, "the evaluator scores this workload"
-        epochs = self._settings.max_epochs
-        pinned = {} if epochs is None or _EPOCHS not in space.parameters else {_EPOCHS: epochs}
-        # Rehearsed now: what the trainer cannot train would come to light in the middle of a trial otherwise.
-        rehearsal = Draw(0, {**space.draw(Random(self._settings.seed)), **pinned}, self._stage, now_local())
-        trainer.plan(params_of(rehearsal, space, self._settings.seed), self.layout.trial(1), self._run)
-        self._space = space
-        self._study = TuningStudy.open(
-            self._run.study_name,
-            self._run.storage,
-            space,
-            seed=self._settings.seed,
-            folder_id=self._run.folder_id,
-            pinned=pinned,
-            stage=self._stage,
-        )
+        with begun(self._run, self.layout):
+            self._study = TuningStudy.open(
+                self._run.study_name,
+                self._run.storage,
+                space,
+                seed=settings.seed,
+                folder_id=self._run.folder_id,
+                pinned=pinned,
+                stage=self._stage,
+                sampler=settings.sampler,
+            )
+            refuse_unknown_trials(self._study, self.layout)
         self._objective = self._run.plan.scoring.objective
         self._reader = ScoreReader(self._run.plan_hash, self._objective)
         threads = self._run.threads_per_process
-        self._scoring = ScoringCommand(self._evaluator, self._settings.device, threads, self._clock)
-        self._runner = Runner(trainer, self._run)
+        self._scoring = ScoringCommand(self._evaluator, settings.device, threads, self._clock)
+        self._runner = Runner(self._trainer, self._run)
         self._pictures = PictureRefresh(self.layout)
+        requests = RequestFolder(self.layout, "optimizer")
+        queue = Queue(self._study, space, pinned, settings.seed)
+        self._desk = RequestDesk(requests, settings, queue, self._store_settings)
+        sweep_leftovers(self.layout)
+        requests.tidy(now_local())
         write_watch_script(self.layout)
-        self._live = recover(
-            self._study,
-            self.layout,
-            space,
-            self._runner,
-            seed=self._settings.seed,
-            now=self._clock(),
-            time=now_local(),
-        )
+        clock, time = self._clock(), now_local()
+        self._live = recover(self._study, self.layout, space, self._runner, seed=settings.seed, now=clock, time=time)
         self._trials = self._collect()
+        if self._trials.trials and not results_are_of(self.layout, self._trials):
+            self._refresh_results()  # the last end of a trial came no further than the database, or a file was mended
+        elif self._pictures.stale:
+            self._pictures.request()
         log_change(_log, "study opened", study=self._run.study_name, finished=self._finished, target=self._target)
 
     def _end(self) -> None:
         """Say what was found."""
         self._line.clear()
+        self._pictures.finish()
+        sweep_leftovers(self.layout)
         status: RunStatus = "finished" if self._finished >= self._target else "stopped"
         self._run = rewritten(self._run, self.layout, status, now_local())
-        self._pictures.finish()
         log_change(_log, "study ended", status=status, finished=self._finished, target=self._target)
-        print(ended_text(self.layout, self._trials, self._finished, self._target), flush=True)
+        self._line.say(ended_text(self.layout, self._trials, self._finished, self._target))
 
-    def _stop_trials(self, error: BaseException, *, at_once: bool) -> None:
+    def _store_settings(self, settings: OptimizerSettings) -> None:
+        """Show changed settings to whoever reads run.json."""
+        changed = {"n-trials": settings.n_trials, "timeout": settings.timeout}
+        self._run = self._run.model_copy(update={"settings": {**self._run.settings, **changed}, "updated": now_local()})
+        write_model(self.layout.run, self._run)
+
+    def _stop_trials(self, reason: str, *, at_once: bool) -> None:
         """Stop every training so that the next start goes on with it, and say what was saved."""
-        reason = str(error) if isinstance(error, LabError) else "stopped by signal 2"
+        self._line.clear()
         if not at_once:
             log_change(_log, "stopping", reason=reason, trainings=sum(live.process is not None for live in self._live))
         try:
             self._stop_trainings(0.0 if at_once else STOP_TIMEOUT_S)
-        except KeyboardInterrupt:
+        except Stopped:
             self._stop_trainings(0.0)
         for live in self._live:
-            if live.state.state == "training" and self._runner.ending(live) != "finished":
+            if live.state.state == "training" and not self._runner.ended_well(live):
                 live.write_state(state="interrupted", reason=reason)
                 log_change(_log, "trial interrupted", trial=live.number, saved=live.layout.training_state.exists())
         self._run = rewritten(self._run, self.layout, "stopped", now_local())
         self._pictures.stop()
-        print(stopped_text(self._live, self._finished, self._target), flush=True)
+        self._line.say(stopped_text(self._live, self._finished, self._target))
 
     def _stop_trainings(self, term_timeout_s: float) -> None:
         for live in self._live:
-            self._runner.stop(live, term_timeout_s=term_timeout_s, kill_timeout_s=_KILL_TIMEOUT_S)
+            self._runner.stop(live, term_timeout_s=term_timeout_s, kill_timeout_s=KILL_TIMEOUT_S)
         self._scoring.stop()
 
     # ------------------------------------------------------------------------------------------------------ one tick
@@ -178,13 +200,16 @@ class OptimizerDaemon:
     def _tick(self) -> None:
         self._ticking = True
         self._line.clear()
+        self._desk.serve()
+        if self._desk.stop_asked is not None:
+            self._service.stop()
         self._scoring.poll()
         for live in list(self._live):
             while self._advance(live):
                 pass
         self._draw_trials()
         self._pictures.poll()
-        progress = self._progress()
+        progress = progress_parts(self._live, self._trials, self._finished, self._target, paused=self._desk.paused)
         self._line.draw(progress)
         self._service.status(", ".join(progress))
         self._ticking = False
@@ -195,14 +220,17 @@ class OptimizerDaemon:
         self._look_at_scores(live)
         view = self._runner.view(live, told=live not in self._live, evaluator_busy=self._evaluator_is_busy(live))
         action = next_action(view, self._clock())
-        if self._service.stopping and action in _STARTS:
+        if action in _STARTS and (self._service.stopping or (self._desk.paused and action is Action.TRAIN)):
             return False
         match action:
             case Action.TRAIN | Action.RESUME | Action.REDO:
+                if not self._runner.may_start(live):
+                    return False  # an evaluator still works on the GPU it is to have alone
                 self._train(live, action)
-            case Action.STOP_HUNG:
-                self._runner.stop(live, term_timeout_s=STOP_TIMEOUT_S, kill_timeout_s=_KILL_TIMEOUT_S)
-                self._fail(live, f"hung: nothing new in training.log for {view.patience_s:.0f} s")
+            case Action.STOP_HUNG | Action.STOP_DIVERGED:
+                self._fail(live, self._runner.give_up(live, action))
+            case Action.EXCUSE:
+                self._runner.excuse(live)
             case Action.MARK_TRAINED:
                 live.write_state(state="trained", reason=None)
                 log_change(_log, "training ended", trial=live.number, checkpoints=live.scores.seen)
@@ -220,12 +248,14 @@ class OptimizerDaemon:
     def _draw_trials(self) -> None:
         """Ask for a trial when there is a slot, a trial left to run and not too much to score."""
         training = sum(live.state.state != "trained" for live in self._live)
-        unscored = len(self._live) - training
-        if self._time_is_up or self._finished + len(self._live) >= self._target:
+        if training or len(self._live) > MOST_UNSCORED or self._service.stopping:
+            return
+        # What somebody asked for is run even where enough trials are finished.
+        left = self._finished + len(self._live) < self._target or self._study.queued > 0
+        if self._time_is_up or not left:
             if not self._live:
                 self._service.stop()
-            return
-        if training == 0 and unscored <= MOST_UNSCORED and not self._service.stopping:
+        elif not self._desk.paused:
             draw = self._study.ask()
             live = live_trial(self.layout, draw, self._space, seed=self._settings.seed, time=now_local())
             self._live.append(live)
@@ -256,7 +286,7 @@ class OptimizerDaemon:
         """Log each epoch the training has come to, the last ones of one that has ended too."""
         if live.state.state == "training":
             for _ in self._runner.follow(live, self._clock()):
-                log_change(_log, "epoch", trial=live.number, **_fields(live))
+                log_change(_log, "epoch", trial=live.number, **progress_fields(live))
 
     def _look_at_scores(self, live: LiveTrial) -> None:
         """Pass new scores on, to the study, the state file and the log."""
@@ -293,6 +323,7 @@ class OptimizerDaemon:
     def _tell(self, live: LiveTrial) -> None:
         """Tell the study what trial_state.json already says; repeating it after a crash is harmless."""
         reach("optimizer.ended")
+        drop_training_state(live.layout)
         state = live.state
         if state.state == "failed":
             self._study.tell_failed(state.optuna_number, state.reason or "unknown")
@@ -303,8 +334,7 @@ class OptimizerDaemon:
         reach("optimizer.told")
         self._live.remove(live)
         self._trials = self._collect()
-        write_results(self.layout, self._trials)
-        self._pictures.request()
+        self._refresh_results()
         if state.state == "complete":
             fields: dict[str, Any] = {self._objective: state.value}
             if not state.feasible:
@@ -314,18 +344,22 @@ class OptimizerDaemon:
                 "trial ended",
                 trial=f"{live.number} of {self._target}",
                 **fields,
-                took=duration(_seconds(state.started, state.ended)),
+                took=duration(seconds(state.started, state.ended)),
                 finished=self._finished,
-                study_eta=duration(self._study_seconds_left()),
+                study_eta=duration(seconds_left(self._trials, self._target - self._finished)),
             )
         self._remember_end(state.reason if state.state == "failed" else None)
+
+    def _refresh_results(self) -> None:
+        write_results(self.layout, self._trials)
+        self._pictures.request()
 
     def _remember_end(self, failure: str | None) -> None:
         """Stop the daemon when trial after trial fails in the same way: the night would be lost."""
         if failure is None:
             self._failures.clear()
             return
-        kind = re.sub(r"[0-9]+", "", failure)[:_KIND_CHARACTERS]  # numbers, as in paths, differ between trials
+        kind = kind_of(failure)
         self._failures = [*self._failures, kind] if set(self._failures) <= {kind} else [kind]
         if len(self._failures) >= MOST_EQUAL_FAILURES:
             raise ResourceError(
@@ -336,7 +370,7 @@ class OptimizerDaemon:
 
     @property
     def _target(self) -> int:
-        return self._settings.n_trials
+        return self._desk.settings.n_trials
 
     @property
     def _finished(self) -> int:
@@ -346,7 +380,8 @@ class OptimizerDaemon:
 
     @property
     def _time_is_up(self) -> bool:
-        return self._settings.timeout is not None and self._clock() - self._begin >= self._settings.timeout
+        timeout = self._desk.settings.timeout
+        return timeout is not None and self._clock() - self._begin >= timeout
 
     def _evaluator_is_busy(self, live: LiveTrial) -> bool:
         if live.state.state != "trained":
@@ -360,40 +395,3 @@ class OptimizerDaemon:
     def _collect(self) -> AllTrials:
         self._in_stage = trials_of_stage(self.layout, self._stage)
         return all_trials(self.layout, self._run.study_name, self._objective, now_local())
-
-    def _study_seconds_left(self) -> float:
-        """Estimate from the finished trials how long the others take; trials run one after the other."""
-        took = [_seconds(trial.started, trial.ended) for trial in self._trials.trials if trial.state == "complete"]
-        left = max(0, self._target - self._finished)
-        return left * sum(took) / len(took) if took else 0.0
-
-    def _progress(self) -> list[str]:
-        parts = [f"{self._finished}/{self._target} trials"]
-        for live in self._live:
-            if live.state.state == "training":
-                told = [f"{name} {value}" for name, value in _fields(live).items()]
-                parts.append(f"trial {live.number} training: {', '.join(told) or 'starting'}")
-            elif live.state.state == "trained":
-                parts.append(f"trial {live.number} scoring: {live.scores.recorded}/{live.scores.seen}")
-        left = self._study_seconds_left()
-        return [*parts, f"about {duration(left)} left"] if left else parts
-
-
-def _fields(live: LiveTrial) -> dict[str, Any]:
-    """Return what a training said last, as fields of a log line."""
-    progress = live.progress
-    if progress is None:
-        return {}
-    epochs = live.params.max_train_epochs
-    known: dict[str, Any] = {
-        "epoch": progress.epoch if epochs is None else f"{progress.epoch}/{epochs}",
-        "step": f"{progress.step}/{progress.steps}",
-        "loss": progress.loss,
-        "s_per_step": progress.seconds_per_step,
-        "eta": None if progress.eta_s is None else duration(progress.eta_s),
-    }
-    return {name: value for name, value in known.items() if value is not None}
-
-
-def _seconds(start: datetime | None, end: datetime | None) -> float:
-    return (end - start).total_seconds() if start is not None and end is not None else 0.0

@@ -1,22 +1,31 @@
-"""Which trials a starting daemon finds unfinished, and in which state."""
+"""What an earlier daemon left: trials nobody finished, trainings that live on, files that are half written."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Set
 from datetime import datetime
+from typing import TYPE_CHECKING
 
-from optimizer_daemon.optuna_adapter.study import Draw, TuningStudy
+from optimizer_daemon.lifecycle import ending_of
 from optimizer_daemon.runner import LiveTrial, Runner
 from optimizer_daemon.search.expressions import Value
 from optimizer_daemon.search.space import SearchSpace
 from optimizer_daemon.training_log import TrainingLog
-from shared.errors import StudyMismatchError
+from shared.errors import DiskError, StudyMismatchError, UnreadableFileError
 from shared.failpoints import reach
-from shared.files import read_or_set_aside, write_model
-from shared.layout import StudyLayout
+from shared.files import read_model, read_or_set_aside, sweep_temp_files, write_model
+from shared.layout import StudyLayout, TrialLayout
 from shared.logs import log_change
-from shared.schemas import TrialParams, TrialState, TrialStateName
+from shared.schemas import CurvePoint, TrialParams, TrialState, TrialStateName
+from shared.supervise import STOP_TIMEOUT_S
+from shared.supervised import adopt
+
+if TYPE_CHECKING:
+    from optimizer_daemon.optuna_adapter.study import Draw, Ended, TuningStudy
+
+KILL_TIMEOUT_S = 10.0
 
 _log = logging.getLogger(__name__)
 
@@ -33,25 +42,121 @@ def recover(
 ) -> list[LiveTrial]:
     """Return every trial that the study was not told about, by number, each with its trainer where that still lives.
 
-    Nothing is drawn again: a crash between the draw and params.json is completed from the stored draw.
-
-    Raises:
-        StudyMismatchError: the folder holds trials that the study does not know.
+    Nothing is drawn again: a crash between the draw and params.json is completed from the stored draw. A training that
+    lives although its trial is over is ended, and what is damaged of such a trial is written again.
     """
-    _refuse_unknown_trials(study, layout)
     found = []
     for draw in study.running():
         live = live_trial(layout, draw, space, seed=seed, time=time)
         adopted = runner.adopt(live, now)
+        if not adopted and live.state.state == "training" and _never_began(live.layout):
+            live.write_state(state="drawn", started=None)  # so it costs none of the attempts
         log_change(_log, "trial found", trial=live.number, state=live.state.state, trainer_alive=adopted)
         found.append(live)
+    for ended in study.ended():
+        _mend(layout, ended, space, seed=seed, time=time)
+    for number in end_left_trainings(layout, "its trial was over", apart_from={live.number for live in found}):
+        log_change(_log, "stray training ended", level=logging.WARNING, trial=number)
     return found
+
+
+def _mend(layout: StudyLayout, ended: Ended, space: SearchSpace, *, seed: int, time: datetime) -> None:
+    """Write the files of a trial that is over again from the study, where they are damaged or gone."""
+    trial = layout.trial_of_optuna(ended.draw.number)
+    if not trial.folder.is_dir():
+        return
+    params = read_or_set_aside(trial.params, TrialParams, time).content
+    if params is None:
+        params = params_of(ended.draw, space, seed)
+        write_model(trial.params, params)
+        log_change(_log, "params.json rebuilt", level=logging.WARNING, trial=params.trial)
+    if read_or_set_aside(trial.state, TrialState, time).content is not None:
+        return
+    last = params.max_train_epochs
+    curve = tuple(
+        CurvePoint(
+            epoch=epoch,
+            value=value,
+            checkpoint=(trial.final_checkpoint if epoch == last else trial.intermediate_checkpoint(epoch)).stem,
+        )
+        for epoch, value in sorted(ended.curve.items())
+    )
+    failed = ended.value is None
+    state = TrialState(
+        trial=params.trial,
+        optuna_number=ended.draw.number,
+        state="failed" if failed else "complete",
+        reason=ended.reason or ("unknown" if failed else None),
+        attempt=1,
+        drawn=ended.draw.drawn,
+        started=ended.draw.drawn,
+        ended=ended.ended,
+        value=ended.value,
+        feasible=None if failed else ended.reason is None,
+        curve=curve,
+    )
+    write_model(trial.state, state)
+    log_change(_log, "trial_state.json rebuilt", level=logging.WARNING, trial=params.trial)
+
+
+def end_left_trainings(layout: StudyLayout, reason: str, apart_from: Set[int] = frozenset()) -> list[int]:
+    """End every training that lives in the folder, so that the next daemon goes on with it; return their trials.
+
+    Only for whoever holds the optimizer's lock.
+    """
+    ended = []
+    for trial in layout.list_trials():
+        process = None if trial.number is None or trial.number in apart_from else adopt(trial.folder)
+        if process is None or trial.number is None:
+            continue
+        process.stop(term_timeout_s=STOP_TIMEOUT_S, kill_timeout_s=KILL_TIMEOUT_S)
+        ended.append(trial.number)
+        try:
+            state = read_model(trial.state, TrialState)
+            finished = ending_of(process.exit_record()) == "finished"
+        except (FileNotFoundError, UnreadableFileError):
+            continue  # whoever starts next looks at the folder
+        if state.state == "training" and not finished:
+            write_model(trial.state, state.model_copy(update={"state": "interrupted", "reason": reason}))
+    return ended
+
+
+def sweep_leftovers(layout: StudyLayout) -> None:
+    """Remove the temporary files of killed writers, wherever this daemon, its trainers or its reports write.
+
+    Raises:
+        DiskError: one could not be removed.
+    """
+    for folder in (layout.root, layout.results.folder, layout.results.analysis):
+        sweep_temp_files(folder)
+    for trial in layout.list_trials():
+        sweep_temp_files(trial.folder)
+        sweep_temp_files(trial.final_evaluation.folder)
+
+
+def drop_training_state(trial: TrialLayout) -> None:
+    """Remove the state from which the training of an ended trial could go on; it may be larger than the weights.
+
+    The trainer does so itself, unless it is killed at that very moment or never comes to its end.
+
+    Raises:
+        DiskError: it could not be removed.
+    """
+    sweep_temp_files(trial.folder)
+    try:
+        if trial.training_state.exists():
+            shutil.rmtree(trial.training_state)
+    except OSError as error:
+        raise DiskError(trial.training_state, error) from error
 
 
 def live_trial(layout: StudyLayout, draw: Draw, space: SearchSpace, *, seed: int, time: datetime) -> LiveTrial:
     """Return the trial of a draw; whatever of its folder is missing or damaged is written from the draw."""
     trial = layout.trial_of_optuna(draw.number)
-    trial.folder.mkdir(exist_ok=True)
+    try:
+        trial.folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise DiskError(trial.folder, error) from error
     reach("optimizer.folder_made")
     params = read_or_set_aside(trial.params, TrialParams, time).content
     if params is None:
@@ -78,13 +183,25 @@ def params_of(draw: Draw, space: SearchSpace, seed: int) -> TrialParams:
         optuna_number=draw.number,
         parameters=dict(complete),
         derived=tuple(space.derived),
-        origin="sampler",
+        origin="enqueued" if draw.enqueued else "sampler",
         stage=draw.stage,
-        training_seed=seed,  # one for all, so that trials differ by their parameters only
+        # one for all, so that trials differ by their parameters only
+        training_seed=seed if draw.training_seed is None else draw.training_seed,
     )
 
 
-def _refuse_unknown_trials(study: TuningStudy, layout: StudyLayout) -> None:
+def _never_began(trial: TrialLayout) -> bool:
+    """Tell whether a training that was announced left no trace: nobody came to start its supervisor."""
+    said = trial.training_log.exists() and trial.training_log.stat().st_size > 0
+    return not said and not trial.trainer_exit.exists() and not trial.training_state.exists()
+
+
+def refuse_unknown_trials(study: TuningStudy, layout: StudyLayout) -> None:
+    """See that the database knows every trial of the folder.
+
+    Raises:
+        StudyMismatchError: it does not; a copy from earlier was put in its place.
+    """
     numbers = [trial.number for trial in layout.list_trials() if trial.number is not None and trial.params.exists()]
     if numbers and max(numbers) > study.trial_count:
         raise StudyMismatchError(

@@ -26,6 +26,19 @@ class PictureRefresh:
         self._child: subprocess.Popen[bytes] | None = None
         self._wanted = False
 
+    @property
+    def stale(self) -> bool:
+        """Whether the results have changed since the pictures were drawn, or never were."""
+        results = self._study.results
+        try:
+            written = results.all_trials.stat().st_mtime
+        except FileNotFoundError:
+            return False
+        try:
+            return results.optimization_history.stat().st_mtime < written
+        except FileNotFoundError:
+            return True
+
     def request(self) -> None:
         """Have the pictures drawn from the results as they stand now; main thread only."""
         self._wanted = True

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from optimizer_daemon.scores import FinalScore
-from shared.errors import UnreadableFileError
+from shared.errors import DiskError, UnreadableFileError
 from shared.files import read_model, write_bytes, write_model, write_text
 from shared.layout import StudyLayout, TrialLayout
 from shared.schemas import AllTrials, BestParameters, Metrics, TrialParams, TrialResult, TrialState
@@ -56,7 +56,7 @@ GOALS = (
 def publish_final(trial: TrialLayout, final: FinalScore) -> None:
     """Copy the deciding evaluation to the trial's evaluation/ and say in words what it means."""
     target = trial.final_evaluation
-    target.folder.mkdir(exist_ok=True)
+    _make(target.folder)
     for sample in final.metrics.samples:
         write_bytes(target.folder / Path(sample.file).name, (final.render.folder / Path(sample.file).name).read_bytes())
     if final.render.grid.exists():
@@ -140,9 +140,17 @@ def winner(trials: AllTrials) -> TrialResult | None:
     return best if best is not None and best.feasible is not False else None
 
 
+def results_are_of(study: StudyLayout, trials: AllTrials) -> bool:
+    """Tell whether results/ already says what these trials say."""
+    try:
+        return read_model(study.results.all_trials, AllTrials).trials == trials.trials
+    except (FileNotFoundError, UnreadableFileError):
+        return False
+
+
 def write_results(study: StudyLayout, trials: AllTrials) -> None:
     """Write all_trials.json and, once there is a winner, best_parameters.json."""
-    study.results.folder.mkdir(exist_ok=True)
+    _make(study.results.folder)
     write_model(study.results.all_trials, trials)
     best = winner(trials)
     if best is not None and best.value is not None:
@@ -165,6 +173,13 @@ def write_results(study: StudyLayout, trials: AllTrials) -> None:
                 derived=best.derived,
             ),
         )
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise DiskError(folder, error) from error
 
 
 def _decided_by(trial: TrialLayout) -> Metrics | None:

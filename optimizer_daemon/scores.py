@@ -142,7 +142,7 @@ class ScoreReader:
     def _is_about(self, record: CheckpointRecord, path: Path, trial: TrialLayout) -> bool:
         """Tell whether a record is about the content that stands at that name now."""
         try:
-            stamp = Stamp.of(path.stat())
+            stamp = Stamp.of(path.lstat())  # as the evaluator looks at it: a link is its own file
         except FileNotFoundError:
             return False
         if (record.size, record.modified_ns) == (stamp.size, stamp.mtime_ns):

@@ -101,11 +101,12 @@ class ScoringCommand:
         """End the scoring in hand; what it has recorded counts, and the rest is scored at the next start."""
         if self._running is None:
             return
-        running, self._running = self._running, None
+        running = self._running
         stop(ProcessIdentity.of(running.process.pid), term_timeout_s=_TERM_TIMEOUT_S, kill_timeout_s=_KILL_TIMEOUT_S)
         with contextlib.suppress(subprocess.TimeoutExpired):
             running.process.wait(timeout=_KILL_TIMEOUT_S)
         running.output.close()
+        self._running = None  # last: a second signal may interrupt us, and then we are called again
 
 
 def _tail(output: IO[bytes]) -> str:

@@ -1,64 +1,88 @@
-"""The study at a glance, read from its files: it works whether or not a daemon lives."""
+"""The study at a glance, read from its files: it works whether or not a daemon lives, and with damaged files too."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
 
 from optimizer_daemon.results import all_trials, ranked, winner
 from optimizer_daemon.runner import now_local
-from shared.errors import UserError
+from shared.errors import UnreadableFileError, UserError
 from shared.files import read_model
-from shared.layout import StudyLayout, expected_checkpoints
+from shared.layout import StudyLayout, TrialLayout, expected_checkpoints
 from shared.locks import FileLock
-from shared.schemas import Run, TrialResult
+from shared.schemas import EvaluationState, Run, TrialParams, TrialResult, TrialState, VersionedFile
+
+F = TypeVar("F", bound=VersionedFile)
+
+_UNDER_WAY = ("drawn", "training", "trained", "interrupted")
 
 
 def study_status(study: StudyLayout, top: int) -> dict[str, Any]:
     """Return the study's state, the best `top` trials and those under way, JSON-ready.
 
+    A file that is damaged is named in "damaged", and what only it could tell is left out.
+
     Raises:
         UserError: there is no study in the folder.
     """
-    try:
-        run = read_model(study.run, Run)
-    except FileNotFoundError:
-        raise UserError(f"{study.root} holds no study (no run.json); name the optimizer's --output-dir") from None
-    objective = run.plan.scoring.objective if run.plan is not None else "objective"
-    trials = all_trials(study, run.study_name, objective, now_local())
+    damaged: list[str] = []
+    run = _read(study.run, Run, damaged)
+    if run is None and not damaged and not study.list_trials():
+        raise UserError(f"{study.root} holds no study (no run.json); name the optimizer's --output-dir")
+    objective = run.plan.scoring.objective if run is not None and run.plan is not None else "objective"
+    settings = run.settings if run is not None else {}
+    for trial in study.list_trials():
+        _read(trial.params, TrialParams, damaged)
+        _read(trial.state, TrialState, damaged)
+    trials = all_trials(study, run.study_name if run is not None else study.root.name, objective, now_local())
     best = winner(trials)
-    every = run.settings.get("save-every-n-epochs")
+    every = settings.get("save-every-n-epochs")
     return {
-        "study": run.study_name,
+        "study": trials.study_name,
         "folder": str(study.root),
-        "status": run.status,
+        "status": run.status if run is not None else "unknown",
         "optimizer_alive": FileLock.is_held(study.optimizer_lock),
         "evaluator_alive": FileLock.is_held(study.manager_lock),
         "objective": objective,
         "finished": sum(trial.state in ("complete", "pruned") for trial in trials.trials),
         "failed": sum(trial.state == "failed" for trial in trials.trials),
-        "target": run.settings.get("n-trials"),
+        "target": settings.get("n-trials"),
         "best": None if best is None else best.trial,
         "top": [_row(study, trial, every) for trial in ranked(trials)[:top]],
-        "under_way": [
-            _row(study, trial, every)
-            for trial in trials.trials
-            if trial.state in ("drawn", "training", "trained", "interrupted")
+        "under_way": [_row(study, trial, every) for trial in trials.trials if trial.state in _UNDER_WAY],
+        "quarantined": [row for trial in study.list_trials() for row in _quarantined(trial, damaged)],
+        "requests": [
+            {"to": recipient, "file": path.name}
+            for recipient in ("optimizer", "evaluator")
+            for path in study.list_requests(recipient)
         ],
+        "damaged": damaged,
     }
 
 
 def status_text(status: dict[str, Any]) -> str:
     """Return the status for people."""
     lives = [name for name in ("optimizer", "evaluator") if status[f"{name}_alive"]]
+    of_target = "" if status["target"] is None else f" of {status['target']}"
     lines = [
-        f"{status['study']}: {status['finished']} of {status['target']} trials finished"
+        f"{status['study']}: {status['finished']}{of_target} trials finished"
         + (f", {status['failed']} failed" if status["failed"] else ""),
         f"{status['folder']}: {' and '.join(lives) or 'no daemon'} running, study {status['status']}",
     ]
     for trial in status["under_way"]:
         counted = f"{trial['checkpoints_seen']}/{trial['checkpoints_expected'] or '?'}"
         curve = ", ".join(f"epoch {epoch}: {value:.4f}" for epoch, value in trial["curve"])
-        lines.append(f"trial {trial['trial']}: {trial['state']}, checkpoints {counted}{f', {curve}' if curve else ''}")
+        lines.append(
+            f"trial {trial['trial']}: {trial['state']}, checkpoints {counted}{f', {curve}' if curve else ''}"
+            + (f" ({trial['reason']})" if trial["reason"] else "")
+        )
+    for found in status["quarantined"]:
+        lines.append(f"quarantined: {found['trial']} {found['checkpoint']}: {found['code']}: {found['reason']}")
+    for request in status["requests"]:
+        lines.append(f"open request to the {request['to']} daemon: {request['file']}")
+    lines += [f"damaged: {sentence}" for sentence in status["damaged"]]
     if status["top"]:
         lines += ["", f"{'trial':>5}  {status['objective']:>14}  parameters"]
     for trial in status["top"]:
@@ -66,6 +90,27 @@ def status_text(status: dict[str, Any]) -> str:
         shown = "  ".join(f"{name}={_short(value)}" for name, value in trial["parameters"].items())
         lines.append(f"{trial['trial']:>5}  {trial['value']:>14.4f}  {shown}{mark}")
     return "\n".join(lines)
+
+
+def _read(path: Path, model: type[F], damaged: list[str]) -> F | None:
+    """Return a document; None when it is not there, or damaged: that is noted."""
+    try:
+        return read_model(path, model)
+    except FileNotFoundError:
+        return None
+    except UnreadableFileError as error:
+        damaged.append(str(error))
+        return None
+
+
+def _quarantined(trial: TrialLayout, damaged: list[str]) -> Iterator[dict[str, Any]]:
+    state = _read(trial.evaluations.state, EvaluationState, damaged)
+    for record in state.checkpoints if state is not None else ():
+        if record.quarantine is not None:
+            found = record.quarantine
+            yield {
+                "trial": trial.name, "checkpoint": record.checkpoint, "code": found.code, "reason": found.reason
+            }  # fmt: skip
 
 
 def _row(study: StudyLayout, trial: TrialResult, every: Any) -> dict[str, Any]:

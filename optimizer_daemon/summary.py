@@ -1,9 +1,12 @@
-"""What the daemon says when it ends: the winner, or what was saved."""
+"""What the daemon says: how far it is, and when it ends the winner, or what was saved."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
 
+from optimizer_daemon.display import duration
 from optimizer_daemon.results import ranked, winner
 from optimizer_daemon.runner import LiveTrial
 from optimizer_daemon.search.space import format_parameters
@@ -47,3 +50,47 @@ def stopped_text(live: Sequence[LiveTrial], finished: int, target: int) -> str:
             case _:
                 lines.append(f"Trial {trial.number} is {trial.state.state}.")
     return "\n".join([*lines, "The same command again goes on."])
+
+
+def progress_parts(
+    live: Sequence[LiveTrial], trials: AllTrials, finished: int, target: int, *, paused: bool
+) -> list[str]:
+    """Return the parts of the live line: trials, what each does, the time left."""
+    parts = [f"{finished}/{target} trials", *(["paused"] if paused else [])]
+    for trial in live:
+        if trial.state.state == "training":
+            told = [f"{name} {value}" for name, value in progress_fields(trial).items()]
+            parts.append(f"trial {trial.number} training: {', '.join(told) or 'starting'}")
+        elif trial.state.state == "trained":
+            parts.append(f"trial {trial.number} scoring: {trial.scores.recorded}/{trial.scores.seen}")
+    left = seconds_left(trials, target - finished)
+    return [*parts, f"about {duration(left)} left"] if left else parts
+
+
+def progress_fields(live: LiveTrial) -> dict[str, Any]:
+    """Return what a training said last, as fields of a log line."""
+    progress = live.progress
+    if progress is None:
+        return {}
+    if progress.preparing is not None:
+        return {progress.preparing: f"{progress.step}/{progress.steps}"}
+    epochs = live.params.max_train_epochs
+    known: dict[str, Any] = {
+        "epoch": progress.epoch if epochs is None or progress.epoch is None else f"{progress.epoch}/{epochs}",
+        "step": f"{progress.step}/{progress.steps}",
+        "loss": progress.loss,
+        "s_per_step": progress.seconds_per_step,
+        "eta": None if progress.eta_s is None else duration(progress.eta_s),
+    }
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def seconds_left(trials: AllTrials, left: int) -> float:
+    """Estimate from the complete trials how long `left` others take; they run one after the other."""
+    took = [seconds(trial.started, trial.ended) for trial in trials.trials if trial.state == "complete"]
+    return max(0, left) * sum(took) / len(took) if took else 0.0
+
+
+def seconds(start: datetime | None, end: datetime | None) -> float:
+    """Return the time between two moments; 0 where one is unknown."""
+    return (end - start).total_seconds() if start is not None and end is not None else 0.0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from typing import TextIO
 
 from shared.errors import LabError, Stopped, exit_code
 
@@ -16,16 +18,25 @@ def run_command(main: Callable[[], int | None]) -> int:
     """Run `main` and return the process's exit code; wrap it as `sys.exit(run_command(main))`.
 
     A LabError is one line "error: ..." on stderr; anything else that escapes is a bug and shows its traceback. A reader
-    that closed our stdout, such as `head`, ends us silently with 141, as SIGPIPE ends other tools.
+    that closed our stdout, such as `head`, ends us silently with 141, as SIGPIPE ends other tools. A terminal that was
+    closed changes no exit code.
     """
+    try:
+        return _run(main)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            _flush_or_silence(stream)  # else the interpreter's own flush would make it exit status 120
+
+
+def _run(main: Callable[[], int | None]) -> int:
     try:
         code = main() or 0
         sys.stdout.flush()  # while a closed pipe can still be handled
     except Stopped as stop:
-        print(stop, file=sys.stderr)
+        _complain(str(stop))
         return exit_code(stop)
     except LabError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _complain(f"error: {' '.join(str(error).split())}")
         return exit_code(error)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -38,6 +49,18 @@ def run_command(main: Callable[[], int | None]) -> int:
         traceback.print_exception(error)
         return exit_code(error)
     return code
+
+
+def _complain(line: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads it any longer
+        print(line, file=sys.stderr)
+
+
+def _flush_or_silence(stream: TextIO) -> None:
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _stdout_is_closed() -> bool:

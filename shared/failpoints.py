@@ -31,6 +31,9 @@ PLACES = MappingProxyType(
     {
         "files.written": "a file's new content is on disk under its temporary name",
         "files.replaced": "a file has its new content; its folder is not synchronised yet",
+        "requests.found": "a request is read; nothing is done about it",
+        "requests.carried_out": "a request is carried out or refused; the answer is not written",
+        "requests.answered": "the answer is written; the request is not removed",
         "optimizer.asked": "the study has a new trial; nothing is stored of its draw",
         "optimizer.draw_stored": "the draw is stored in the study; the trial has no folder",
         "optimizer.folder_made": "the trial has its folder; params.json is not written",
@@ -48,7 +51,7 @@ PLACES = MappingProxyType(
         "evaluator.rendered": "the pictures are rendered and measured; nothing of them is on disk",
         "evaluator.pictures_written": "the pictures are on disk; metrics.json is not",
         "evaluator.metrics_written": "metrics.json is written; the record still says evaluating",
-        "evaluator.recorded": "the record says recorded; the summary is not refreshed",
+        "evaluator.recorded": "the record says recorded; the next checkpoint has not been looked at",
         "trainer.step": "an optimizer step is done",
         "trainer.checkpoint_saved": "a checkpoint is saved; the training state is older than it",
         "trainer.state_saved": "the training state is saved",
@@ -82,7 +85,9 @@ def _entries(asked: str) -> list[tuple[str, str, int]]:
         action, _, times = rest.partition("@")
         known = action in ("kill", "crash", "full") or action.startswith("wait:")
         if name not in PLACES or not known or not (times or "1").isdecimal():
-            raise SettingsError(VARIABLE, entry, f"write NAME=kill|crash|full|wait:FILE[@N]; names: {', '.join(PLACES)}")
+            raise SettingsError(
+                VARIABLE, entry, f"write NAME=kill|crash|full|wait:FILE[@N]; names: {', '.join(PLACES)}"
+            )
         entries.append((name, action, int(times or 1)))
     return entries
 

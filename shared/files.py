@@ -159,6 +159,21 @@ def read_model(path: Path, model: type[Model], *, edited: bool = False) -> Model
     return parse_model(_read_bytes(path), path, model, edited=edited)
 
 
+def read_kept(path: Path, model: type[Model]) -> Model:
+    """Return a document of which there is no second source, such as run.json; see `read_model`.
+
+    Raises:
+        UnreadableFileError: as `read_model`, with what to do where the file cannot be made again.
+    """
+    try:
+        return read_model(path, model)
+    except SchemaVersionError:
+        raise
+    except UnreadableFileError as error:
+        remedy = "it is never written anew, so else put a copy of it back"
+        raise UnreadableFileError(path, f"{error.reason}; {remedy}") from error
+
+
 def parse_model(content: bytes, path: Path, model: type[Model], *, edited: bool = False) -> Model:
     """Return the document in `content`, read from `path`; see `read_model`."""
     payload = _strict_json(content, path)

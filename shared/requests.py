@@ -4,7 +4,11 @@
     <id>.done.json      the answer, which lasts; it is written before the request is removed
 
 A daemon that is killed between the two finds the answered request again and only removes it. One that is killed while
-it carries a request out finds it pending again, with the same id: carrying it out twice must be harmless.
+it carries a request out finds it pending again, with the same identity: carrying it out twice must be harmless.
+
+    answer = RequestFolder(study, "optimizer").ask(Pause(kind="pause"), study.optimizer_lock, carry_out)
+
+Where no daemon lives, `ask` takes the daemon's lock and has `carry_out` do the work in this process.
 """
 
 from __future__ import annotations
@@ -14,21 +18,26 @@ import logging
 import secrets
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from shared.errors import DiskError, ResourceError, UnreadableFileError, UserError
-from shared.files import read_model, set_aside, write_model
+from shared.failpoints import reach
+from shared.files import read_model, set_aside, sweep_temp_files, write_model
 from shared.layout import Recipient, StudyLayout
+from shared.locks import FileLock
 from shared.logs import log_change
 from shared.schemas import Answer, EvaluatorRequest, OptimizerRequest, Scalar
 from shared.schemas.requests import Request
 
 MAX_REQUEST_BYTES = 1024 * 1024
+ANSWER_TIMEOUT_S = 150.0  # an orderly stop waits a minute for the training to save its state
+ANSWERS_KEPT = timedelta(days=1)
 
 _POLL_S = 0.05
+_LOOK_S = 0.3  # between two looks whether the daemon still lives
 _log = logging.getLogger(__name__)
 
 
@@ -37,12 +46,15 @@ class PendingRequest:
     """A request nobody has answered yet.
 
     Args:
-        id: the same however often it is found pending.
+        id: names the answer.
+        identity: of this request alone, the same however often it is found pending; a file name such as stop.json may
+            be used again, so its id is not enough.
         path: the file.
         command: what is asked.
     """
 
     id: str
+    identity: str
     path: Path
     command: Request
 
@@ -95,7 +107,58 @@ class RequestFolder:
                 return None
             time.sleep(_POLL_S)
 
+    def ask(
+        self,
+        command: Request,
+        daemon_lock: Path,
+        carry_out: Callable[[PendingRequest], None],
+        timeout_s: float = ANSWER_TIMEOUT_S,
+    ) -> Answer:
+        """Have a command carried out by the living daemon, or here where none lives, and return the answer.
+
+        Args:
+            daemon_lock: what the daemon holds while it lives; taken for as long as `carry_out` runs.
+            carry_out: does what is asked and answers it by `accept` or `refuse`.
+
+        Raises:
+            UserError: there is no such study folder.
+            ResourceError: the daemon lives but has not answered in time; the command is taken back.
+            LabError: whatever `carry_out` raises; the command is taken back.
+        """
+        request_id = self.submit(command)
+        deadline = time.monotonic() + timeout_s
+        try:
+            while (answer := self.wait_for_answer(request_id, _LOOK_S)) is None:
+                lock = FileLock(daemon_lock)
+                if lock.try_acquire():
+                    try:
+                        for request in (known for known in self.pending() if known.id == request_id):
+                            carry_out(request)
+                    finally:
+                        lock.release()
+                elif time.monotonic() >= deadline:
+                    break
+        finally:
+            self._take_back(request_id)
+        answer = answer or self.wait_for_answer(request_id, 0.0)  # it may have come while we gave up
+        if answer is None:
+            raise ResourceError(
+                f"the {self.recipient} daemon ({FileLock.holder(daemon_lock)}) has not answered within "
+                f"{timeout_s:.0f} s; the command was taken back, try again"
+            )
+        return answer
+
     # --------------------------------------------------------------------------------------------- for the daemon
+
+    def tidy(self, now: datetime) -> None:
+        """Make the folder, and remove what killed writers and past commands left in it; for a daemon's start.
+
+        Raises:
+            DiskError: the folder cannot be made or tidied.
+        """
+        self._make_folder()
+        sweep_temp_files(self.path)
+        self.discard_answers(now - ANSWERS_KEPT)
 
     def pending(self) -> list[PendingRequest]:
         """Return the readable requests, oldest first.
@@ -109,8 +172,8 @@ class RequestFolder:
                 if self._is_answered(path):
                     _remove(path)
                 else:
-                    command = self._read(path)
-                    found.append(PendingRequest(self._id(path), path, command))
+                    found.append(PendingRequest(self._id(path), self._identity(path), path, self._read(path)))
+                    reach("requests.found")
             except FileNotFoundError:
                 continue  # taken back by whoever asked
             except (UnreadableFileError, ResourceError) as error:
@@ -124,6 +187,7 @@ class RequestFolder:
             DiskError: it is not answered and stays pending.
         """
         self._answer(request.path, request.command, dict(result or {}), None)
+        reach("requests.answered")
         _remove(request.path)
 
     def refuse(self, request: PendingRequest, reason: str) -> None:
@@ -133,6 +197,7 @@ class RequestFolder:
             DiskError: it is not answered and stays pending.
         """
         self._answer(request.path, request.command, {}, reason)
+        reach("requests.answered")
         _remove(request.path)
 
     def discard_answers(self, before: datetime) -> None:
@@ -156,12 +221,23 @@ class RequestFolder:
         except OSError as error:
             raise DiskError(self.path, error) from error
 
+    def _take_back(self, request_id: str) -> None:
+        for path in self.study.list_requests(self.recipient):
+            if self._id(path) == request_id:
+                _remove(path)
+
     def _id(self, path: Path) -> str:
         return self.study.answer(path).name.removesuffix(".done.json")
 
-    def _is_answered(self, path: Path) -> bool:
+    def _identity(self, path: Path) -> str:
+        return self._id(path) if self._is_named_once(path) else f"{self._id(path)}@{path.lstat().st_mtime_ns}"
+
+    def _is_named_once(self, path: Path) -> bool:
         # A name without time and id, such as stop.json, may be used again and again: an old answer says nothing then.
-        return self._id(path) != path.stem and self.study.answer(path).exists()
+        return self._id(path) != path.stem
+
+    def _is_answered(self, path: Path) -> bool:
+        return self._is_named_once(path) and self.study.answer(path).exists()
 
     def _read(self, path: Path) -> Request:
         status = path.lstat()
@@ -189,6 +265,7 @@ class RequestFolder:
             error=error and _printable(error),
             answered=datetime.now().astimezone(),
         )
+        reach("requests.carried_out")
         write_model(self.study.answer(path), answer)
 
 

@@ -4,7 +4,9 @@
     service.run(tick, interval_s=30.0)     # raises Stopped when a signal asks to stop
 
 Signals: the first SIGTERM, SIGINT or SIGHUP lets the tick in progress end and then stops; a second one interrupts even
-the tick. A SIGHUP that was inherited as ignored (nohup) stays ignored. SIGCHLD brings the next tick forward.
+the tick, unless it is a SIGHUP: a terminal that is closed sends several. A SIGHUP that was inherited as ignored (nohup)
+stays ignored. SIGCHLD brings the next tick forward. A daemon that has more to do before and after its loop holds
+`signals()` around it all.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ class Service:
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._stop_signal: int | None = None
         self._ending = False
+        self._has_signals = False
         self._watchdog_period_s = watchdog_period_s()
 
     @property
@@ -74,7 +77,7 @@ class Service:
         Raises:
             Stopped: a signal asked for it; its exit code is 130 for SIGINT, else 143.
         """
-        with self._signals():
+        with self.signals():
             notify("READY=1")
             try:
                 self._loop(tick, interval_s)
@@ -83,6 +86,19 @@ class Service:
                     notify("STOPPING=1")
         if self._stop_signal is not None:
             raise Stopped(self._stop_signal)
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """Handle signals as the loop does: the first asks for a stop, a second raises Stopped wherever we are."""
+        if self._has_signals:
+            yield
+            return
+        with self._handlers():
+            self._has_signals = True
+            try:
+                yield
+            finally:
+                self._has_signals = False
 
     def _loop(self, tick: Callable[[], None], interval_s: float) -> None:
         due = self._clock()
@@ -107,7 +123,7 @@ class Service:
         return bool(seen - {signal.SIGCHLD}) or _has_dead_child()
 
     @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
+    def _handlers(self) -> Iterator[None]:
         handlers = dict.fromkeys(_STOP_SIGNALS, self._on_stop_signal)
         if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
             del handlers[signal.SIGHUP]
@@ -123,6 +139,8 @@ class Service:
 
     def _on_stop_signal(self, number: int, frame: FrameType | None) -> None:
         if self._stop_signal is not None:
+            if number == signal.SIGHUP:
+                return
             raise Stopped(self._stop_signal)
         self._stop_signal = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
         notify("STOPPING=1")  # now: the tick in progress may take long

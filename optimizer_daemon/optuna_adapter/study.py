@@ -15,14 +15,14 @@ import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from optimizer_daemon.optuna_adapter.sampler import DRAW, FeasibleSampler
+from optimizer_daemon.optuna_adapter.sampler import DRAW, SAMPLERS, FeasibleSampler
 from optimizer_daemon.search.expressions import Value
 from optimizer_daemon.search.space import SearchSpace
-from shared.errors import ResourceError, SettingsError, StudyMismatchError
+from shared.errors import LabError, ResourceError, SettingsError, StudyMismatchError
 from shared.failpoints import reach
 
 BUSY_TIMEOUT_S = 60  # another reader of the database may hold it that long
@@ -44,12 +44,35 @@ class Draw:
         values: a value for each declared parameter.
         stage: the stage it was drawn in.
         drawn: when.
+        enqueued: somebody asked for it.
+        training_seed: seed of its training; None for the usual one.
     """
 
     number: int
     values: dict[str, Value]
     stage: str | None
     drawn: datetime
+    enqueued: bool = False
+    training_seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A trial that the study was told about.
+
+    Args:
+        draw: what it was.
+        value: its objective; None when it has none.
+        reason: why it failed, or why it must not win.
+        curve: the objective by epoch.
+        ended: when it was told.
+    """
+
+    draw: Draw
+    value: float | None
+    reason: str | None
+    curve: dict[int, float]
+    ended: datetime
 
 
 P = ParamSpec("P")
@@ -93,6 +116,7 @@ class TuningStudy:
         folder_id: str,
         pinned: Mapping[str, Value] | None = None,
         stage: str | None = None,
+        sampler: str = "tpe",
     ) -> Self:
         """Open or make the study.
 
@@ -104,23 +128,32 @@ class TuningStudy:
             folder_id: identity of the study folder, which owns the study.
             pinned: parameters of `space` that have one value in this run and stay out of Optuna's model.
             stage: recorded with every draw of this run.
+            sampler: a name of SAMPLERS.
 
         Raises:
             StudyMismatchError: the study belongs to another folder or has other parameters.
             SettingsError: the storage cannot be opened.
+            UnknownPluginError: there is no such sampler.
+            DiskError: the disk is full.
         """
+        feasible = FeasibleSampler(space, seed, pinned or {}, SAMPLERS.load(sampler))
         storage = _open_storage(storage_url)
-        sampler = FeasibleSampler(space, seed, pinned or {})
-        study = optuna.create_study(
-            storage=storage, study_name=name, sampler=sampler, direction="minimize", load_if_exists=True
-        )
-        _check_owner(study, storage_url, folder_id)
-        _check_space(study, {known: str(parameter) for known, parameter in space.parameters.items()})
-        return cls(study, sampler, stage)
+        with contextlib.ExitStack() as refused:
+            refused.callback(storage.engine.dispose)  # a refused database is left as it was, without SQLite's log
+            try:
+                study = optuna.create_study(
+                    storage=storage, study_name=name, sampler=feasible, direction="minimize", load_if_exists=True
+                )
+                _check_owner(study, storage_url, folder_id)
+                _check_space(study, {known: str(parameter) for known, parameter in space.parameters.items()})
+            except (StorageInternalError, SQLAlchemyError) as error:
+                raise _not_opened(storage_url, error) from error
+            refused.pop_all()
+        return cls(study, feasible, stage)
 
     @_with_remedy
     def ask(self) -> Draw:
-        """Draw a new trial; the draw is stored whole before anything else."""
+        """Draw a new trial, or take the next one in line; the draw is stored whole before anything else."""
         trial = self._study.ask()
         reach("optimizer.asked")
         return self._completed(trial)
@@ -133,6 +166,45 @@ class TuningStudy:
         """
         unfinished = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         return [self._completed(self._trial(trial.number)) for trial in unfinished]
+
+    @_with_remedy
+    def ended(self) -> list[Ended]:
+        """Return the trials that were told, by number."""
+        told = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL))
+        return [
+            Ended(
+                _draw_of(trial.number, trial.user_attrs, trial.datetime_start),
+                trial.value if trial.state is TrialState.COMPLETE else None,
+                trial.user_attrs.get(_REASON),
+                dict(trial.intermediate_values),
+                trial.datetime_complete.astimezone(),
+            )
+            for trial in told
+            if DRAW in trial.user_attrs and trial.datetime_complete is not None
+        ]
+
+    @_with_remedy
+    def enqueue(self, values: Mapping[str, Value], request: str, training_seed: int | None = None) -> int:
+        """Put a configuration in line, which later calls of `ask` return first; return its number.
+
+        Harmless when repeated: a request has one trial.
+
+        Args:
+            values: a value for each declared parameter.
+            request: identity of the request for it.
+            training_seed: seed of its training; None for the usual one.
+        """
+        draw = {"stage": self._stage, "values": dict(values), "request": request, "training_seed": training_seed}
+        while (number := self._number_of(request)) is None:
+            # In one transaction: no crash leaves it in line without what it is.
+            self._study.add_trial(create_trial(state=TrialState.WAITING, user_attrs={DRAW: draw}))
+        return number
+
+    @property
+    @_with_remedy
+    def queued(self) -> int:
+        """How many configurations wait in line."""
+        return len(self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
 
     @property
     def trial_count(self) -> int:
@@ -182,10 +254,11 @@ class TuningStudy:
                     trial.suggest_float(name, distribution.low, distribution.high, step=step, log=distribution.log)
                 case IntDistribution():
                     trial.suggest_int(name, distribution.low, distribution.high, step=distribution.step)
-        started = trial.datetime_start
-        assert started is not None, "a trial that was asked for has started"
-        stored = trial.user_attrs[DRAW]
-        return Draw(trial.number, stored["values"], stored["stage"], started.astimezone())
+        return _draw_of(trial.number, trial.user_attrs, trial.datetime_start)
+
+    def _number_of(self, request: str) -> int | None:
+        trials = self._study.get_trials(deepcopy=False)
+        return next((t.number for t in trials if t.user_attrs.get(DRAW, {}).get("request") == request), None)
 
     def _frozen(self, number: int) -> FrozenTrial:
         return self._study.get_trials(deepcopy=False)[number]
@@ -194,23 +267,70 @@ class TuningStudy:
         return Trial(self._study, self._frozen(number)._trial_id)
 
 
+def _draw_of(number: int, attributes: Mapping[str, Any], started: datetime | None) -> Draw:
+    assert started is not None, "a trial that was asked for has started"
+    stored = attributes[DRAW]
+    return Draw(
+        number,
+        stored["values"],
+        stored["stage"],
+        started.astimezone(),
+        enqueued="request" in stored,
+        training_seed=stored.get("training_seed"),
+    )
+
+
 def _open_storage(storage_url: str) -> RDBStorage:
     try:
         url = make_url(storage_url)
         sqlite = url.get_backend_name() == "sqlite"
-        if sqlite and url.database:
-            _use_write_ahead_log(Path(url.database))
         options: dict[str, Any] = {"connect_args": {"timeout": BUSY_TIMEOUT_S}} if sqlite else {}
+        if sqlite and url.database:
+            file = Path(url.database)
+            if _has_tables(file):  # asked before anything of an older database is changed
+                RDBStorage(storage_url, engine_kwargs=options, skip_table_creation=True).engine.dispose()
+            _use_write_ahead_log(file)
         return RDBStorage(storage_url, engine_kwargs=options)
     except RuntimeError as error:  # Optuna's word for a database of another version
         raise StudyMismatchError(
-            f"{storage_url} was made by another version of Optuna ({error}); run `optuna storage upgrade --storage "
-            f"{storage_url}`"
+            f"{storage_url} was made by another version of Optuna ({error}); copy the database, then run `optuna "
+            f"storage upgrade --storage {storage_url}`"
         ) from error
     except (ValueError, ImportError, sqlite3.Error, SQLAlchemyError) as error:
-        raise SettingsError(
-            "--storage", storage_url, f"name a database that opens, such as sqlite:////data/study.db ({error})"
-        ) from error
+        raise _not_opened(storage_url, error) from error
+
+
+def _not_opened(storage_url: str, error: Exception) -> LabError:
+    """Return what to do about a database that does not open."""
+    cause = error
+    while not isinstance(cause, sqlite3.Error) and isinstance(inner := _inner(cause), Exception):
+        cause = inner
+    said = " ".join(str(cause).split())
+    name = getattr(cause, "sqlite_errorname", "")
+    if name == "SQLITE_FULL" or name.startswith("SQLITE_IOERR"):  # the latter where not even its index fits
+        remedy = "free space or repair the disk, then the same command goes on"
+        return ResourceError(f"--storage {storage_url}: {said}; {remedy}")
+    if name in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
+        remedy = "that file is damaged or no SQLite database; put a copy of it back, or name another"
+    else:
+        remedy = "name a database that opens, such as sqlite:////data/study.db"
+    return SettingsError("--storage", storage_url, f"{remedy} ({said})")
+
+
+def _inner(error: Exception) -> BaseException | None:
+    return getattr(error, "orig", None) or error.__cause__
+
+
+def _has_tables(file: Path) -> bool:
+    """Tell whether an Optuna database stands there, without changing a byte of it."""
+    if not file.exists() or file.stat().st_size == 0:
+        return False
+    # Even a reader makes files beside a database with a log of writes; it must not where nothing is left in the log.
+    look = "mode=ro" if file.with_name(f"{file.name}-wal").exists() else "immutable=1"
+    with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?{look}", uri=True)) as connection:
+        asked = "SELECT count(*) FROM sqlite_master WHERE name IN ('studies', 'version_info', 'alembic_version')"
+        (found,) = connection.execute(asked).fetchone()
+    return int(found) == 3
 
 
 def _use_write_ahead_log(file: Path) -> None:

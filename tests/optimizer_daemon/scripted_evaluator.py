@@ -1,6 +1,7 @@
 """Stands in for `evaluator-daemon evaluate --trial DIR` where tests need many scores quickly: the same files, no model.
 
-A checkpoint's score is what the scripted trainer wrote into its metadata; SCRIPTED_GATE names a trial that fails.
+Every checkpoint gets one attempt. Its score is what the scripted trainer wrote into its metadata; SCRIPTED_GATE names a
+trial that fails.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from shared.layout import StudyLayout, TrialLayout
 from shared.locks import FileLock
 from shared.safetensors_file import read_checkpoint
 from shared.schemas import (
+    Attempt,
     CheckpointRecord,
     EvaluationState,
+    EvaluationSummary,
     Gate,
     GateCheck,
     Metric,
@@ -27,6 +30,7 @@ from shared.schemas import (
     Run,
     Sample,
     Score,
+    SummaryEntry,
 )
 
 
@@ -47,12 +51,38 @@ def evaluate(trial: TrialLayout) -> None:
             time = datetime.now().astimezone()
             state = EvaluationState(trial_name=trial.name, updated=time, checkpoints=tuple(known.values()))
             write_model(trial.evaluations.state, state)
+        entries = {name: entry(known[name]) for name in known}
+        summary = EvaluationSummary(
+            trial_name=trial.name,
+            total_checkpoints_evaluated=len(entries),
+            checkpoints=entries,
+            last_update=datetime.now().astimezone(),
+        )
+        write_model(trial.evaluations.summary, summary)
+
+
+def entry(record: CheckpointRecord) -> SummaryEntry:
+    figures = {
+        f"{short}_{name}": None for name in ("brightness", "contrast", "saturation") for short in ("mean", "std")
+    }
+    return SummaryEntry(
+        epoch=record.epoch,
+        evaluation_time=record.attempts[-1].ended,
+        **figures,
+        scores={},
+        metric_status={},
+        feasible=True,
+        checkpoint_sha256=record.checkpoint_sha256,
+        plan_hash=record.plan_hash,
+        seconds=0.0,
+    )
 
 
 def record(trial: TrialLayout, path: Path, checkpoint, run: Run) -> CheckpointRecord:
+    started = datetime.now().astimezone()
     render = trial.evaluations.checkpoint(path.stem)
     render.folder.mkdir(exist_ok=True)
-    score = float(checkpoint.metadata["score"])
+    score = float(checkpoint.metadata.get("score", "0.5"))  # other trainers write none
     collapsed = os.environ.get("SCRIPTED_GATE") == str(trial.number)
     write_bytes(render.sample(0), one_pixel())
     write_bytes(render.grid, one_pixel())
@@ -87,6 +117,7 @@ def record(trial: TrialLayout, path: Path, checkpoint, run: Run) -> CheckpointRe
         size=checkpoint.stamp.size,
         modified_ns=checkpoint.stamp.mtime_ns,
         status="recorded",
+        attempts=(Attempt(started=started, ended=datetime.now().astimezone(), outcome="recorded"),),
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from shared.files import read_model
+from shared.files import read_model, write_model
 from shared.layout import StudyLayout
 from shared.locks import FileLock
 from shared.schemas import AllTrials, BestParameters, Metrics, Run, TrialState
@@ -263,7 +263,7 @@ def test_three_failures_of_one_kind_stop_the_daemon_with_the_reason(lab):
 def test_a_start_with_other_settings_is_refused_with_both_values(lab, flags, says):
     from optimizer_daemon.runner import now_local
     from optimizer_daemon.settings import OptimizerSettings, load_optimizer_settings
-    from optimizer_daemon.study_file import open_run
+    from optimizer_daemon.study_file import find_run
     from shared.errors import StudyMismatchError
     from shared.settings import add_settings_flags
 
@@ -274,12 +274,13 @@ def test_a_start_with_other_settings_is_refused_with_both_values(lab, flags, say
         return load_optimizer_settings(parser.parse_args([*lab.flags, *more]))
 
     lab.study.root.mkdir()
-    run = open_run(settings(), lab.study, now_local())
-    again = open_run(settings("--n-trials", "99"), lab.study, now_local())
+    run = find_run(settings(), lab.study, now_local())
+    write_model(lab.study.run, run)
+    again = find_run(settings("--n-trials", "99"), lab.study, now_local())
     assert (again.folder_id, again.plan_hash, again.settings["n-trials"]) == (run.folder_id, run.plan_hash, 99)
     with pytest.raises(StudyMismatchError) as caught:
-        open_run(settings(*flags), lab.study, now_local())
+        find_run(settings(*flags), lab.study, now_local())
     assert says in str(caught.value)
     (lab.study.root.parent / "base" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"other")
     with pytest.raises(StudyMismatchError, match="--base-model"):
-        open_run(settings(), lab.study, now_local())
+        find_run(settings(), lab.study, now_local())

@@ -61,7 +61,7 @@ def _files(study: StudyLayout) -> Iterator[str]:
                 writer_of(relative)
             except (KeyError, ValueError):
                 yield f"{relative}: the contract knows no such file"
-            for document in DOCUMENTS:
+            for document in reversed(DOCUMENTS):  # an answer fits the pattern of requests, too, which stands first
                 if any(matches(pattern, relative) for pattern in document.patterns):
                     try:
                         read_model(path, document.model)

@@ -8,8 +8,9 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from shared.errors import DiskError, UserError
-from shared.layout import StudyLayout
+from shared.errors import DiskError, ResourceError, UserError
+from shared.layout import TEMPORARY_MARK, StudyLayout
+from shared.locks import FileLock
 from shared.requests import MAX_REQUEST_BYTES, RequestFolder
 from shared.schemas import Answer, Enqueue, Pause, Resume, Retry
 from tests.shared.process_trees import PATIENCE_S, no_process_left, start  # noqa: F401  autouse
@@ -279,3 +280,89 @@ def test_old_answers_are_discarded(folder):
     assert folder.wait_for_answer(old, 0) is None
     assert answer_at(folder, new).ok
     assert [request.id for request in folder.pending()] == [waiting]
+
+
+class TestAsking:
+    """A verb: the living daemon carries its command out, else the verb itself under the daemon's lock."""
+
+    DAEMON = """
+        import sys, time
+        from pathlib import Path
+        from shared.layout import StudyLayout
+        from shared.locks import FileLock
+        from shared.requests import RequestFolder
+        study = StudyLayout(Path(sys.argv[1]))
+        folder = RequestFolder(study, "optimizer")
+        with FileLock(study.optimizer_lock):
+            print("up", flush=True)
+            while not (requests := folder.pending()):
+                time.sleep(0.01)
+            DO
+    """
+
+    @staticmethod
+    def never(request):
+        raise AssertionError("the daemon lives")
+
+    def daemon(self, folder, do):
+        process = start(self.DAEMON.replace("DO", do), folder.study.root)
+        assert process.stdout.readline() == "up\n"
+        return process
+
+    def test_a_living_daemon_does_it(self, folder):
+        process = self.daemon(folder, "folder.accept(requests[0], {'by': 'the daemon'})")
+        assert folder.ask(PAUSE, folder.study.optimizer_lock, self.never).result == {"by": "the daemon"}
+        process.communicate(timeout=PATIENCE_S)
+
+    def test_without_a_daemon_it_is_done_here_under_its_lock_and_what_others_asked_stays(self, folder):
+        other = folder.submit(PAUSE)
+
+        def carry_out(request):
+            assert FileLock.is_held(folder.study.optimizer_lock)
+            folder.accept(request, {"by": "us"})
+
+        assert folder.ask(PAUSE, folder.study.optimizer_lock, carry_out).result == {"by": "us"}
+        assert not FileLock.is_held(folder.study.optimizer_lock)
+        assert [request.id for request in folder.pending()] == [other]
+
+    def test_a_daemon_that_dies_over_it_leaves_it_to_us(self, folder):
+        process = self.daemon(folder, "os = __import__('os'); os.kill(os.getpid(), 9)")
+        answer = folder.ask(PAUSE, folder.study.optimizer_lock, lambda request: folder.accept(request, {"by": "us"}))
+        assert answer.result == {"by": "us"}
+        process.communicate(timeout=PATIENCE_S)
+
+    def test_a_daemon_that_does_not_answer_is_not_waited_for_and_the_command_is_taken_back(self, folder):
+        with (
+            FileLock(folder.study.optimizer_lock),
+            pytest.raises(ResourceError, match=r"has not answered within 0 s; the command was taken back"),
+        ):
+            folder.ask(PAUSE, folder.study.optimizer_lock, self.never, timeout_s=0.2)
+        assert names(folder) == []
+
+    def test_what_goes_wrong_here_leaves_no_command_behind(self, folder):
+        def carry_out(request):
+            raise UserError("not like this")
+
+        with pytest.raises(UserError, match="not like this"):
+            folder.ask(PAUSE, folder.study.optimizer_lock, carry_out)
+        assert names(folder) == []
+
+
+def test_a_start_makes_the_folder_and_removes_what_nobody_needs_any_longer(folder):
+    folder.tidy(datetime.now().astimezone())
+    half = folder.path / f".x.json{TEMPORARY_MARK}99999999-1-0123abcd"
+    half.write_text("{")
+    old, waiting = folder.submit(PAUSE), folder.submit(PAUSE)
+    folder.accept(folder.pending()[0])
+    os.utime(folder.path / f"{old}.done.json", (1e9, 1e9))
+    folder.tidy(datetime.now().astimezone())
+    assert [request.id for request in folder.pending()] == [waiting]
+    assert len(names(folder)) == 1
+
+
+def test_a_request_by_hand_is_another_one_when_it_is_written_again(folder):
+    path = drop(folder, "pause.json", {"kind": "pause"})
+    (first,), (again,) = folder.pending(), folder.pending()
+    assert first.identity == again.identity
+    os.utime(path, ns=(1, 1))
+    assert folder.pending()[0].identity != first.identity

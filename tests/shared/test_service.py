@@ -30,7 +30,7 @@ DAEMON = """
 WAIT_FOR_STOP = """
         while not service.stopping:
             time.sleep(0.01)
-        time.sleep(0.2)
+        time.sleep(1.0)
 """
 
 
@@ -165,6 +165,32 @@ class TestSignals:
         assert process.stdout.readline() == "stopping\n"
         process.send_signal(second)
         assert finished(process)[:2] == (status, "")
+
+    def test_a_terminal_that_is_closed_may_say_so_several_times(self):
+        process = daemon(WAIT_FOR_STOP)
+        for _ in range(3):
+            process.send_signal(signal.SIGHUP)
+            time.sleep(0.05)
+        assert finished(process)[:2] == (143, "tock\n"), "the tick ended in peace"
+
+    @pytest.mark.parametrize("where", ["before", "after"])
+    def test_signals_count_before_and_after_the_loop_too(self, where):
+        script = DAEMON.replace("TICK", "service.stop()" if where == "after" else "pass").replace(
+            "service.run(tick, interval_s=60.0)",
+            """
+        import os, signal
+        with service.signals():
+            if "WHERE" == "before":
+                os.kill(os.getpid(), signal.SIGTERM)
+            service.run(tick, interval_s=60.0)
+            os.kill(os.getpid(), signal.SIGTERM)
+            print("first", flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            print("never", flush=True)
+""".replace("WHERE", where),
+        )
+        out = {"before": "", "after": "tick\ntock\nfirst\n"}[where]
+        assert finished(start(script))[:2] == (143, out)
 
     def test_a_sighup_inherited_as_ignored_stays_ignored(self):
         with_nohup = ["sh", "-c", "trap '' HUP; exec \"$@\"", "sh"]
