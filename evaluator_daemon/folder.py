@@ -11,9 +11,9 @@ from pydantic import BaseModel
 from evaluator_daemon.sweep import TrialView, WeightFile
 from shared.errors import UnreadableFileError
 from shared.files import read_model
-from shared.layout import StudyLayout, TrialLayout, checkpoint_epoch
+from shared.layout import EvaluationsLayout, StudyLayout, TrialLayout, checkpoint_epoch
 from shared.locks import FileLock
-from shared.schemas import CheckpointRecord, TrialParams, TrialState
+from shared.schemas import TERMINAL_STATES, CheckpointRecord, Metrics, TrialParams, TrialState
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -37,8 +37,27 @@ def look_at(trial: TrialLayout, records: Iterable[CheckpointRecord], plan_hash: 
         idle_s=max(0.0, now_s - _last_change_s(trial)),
         plan_hash=plan_hash,
         files=tuple(_weight_files(trial, epochs, now_s)),
-        records=tuple(records),
+        records=tuple(record for record in records if _is_kept(record, trial, state)),
     )
+
+
+def has_results(record: CheckpointRecord, evaluations: EvaluationsLayout) -> bool:
+    """Whether what a record is about is there: metrics.json of that content and plan, and its pictures."""
+    render = evaluations.checkpoint(record.checkpoint)
+    metrics = read_or_none(render.metrics, Metrics)
+    if metrics is None or (metrics.checkpoint_sha256, metrics.plan_hash) != (
+        record.checkpoint_sha256,
+        record.plan_hash,
+    ):
+        return False
+    return all((render.folder / sample.file).exists() for sample in metrics.samples)
+
+
+def _is_kept(record: CheckpointRecord, trial: TrialLayout, state: TrialState | None) -> bool:
+    """A record whose results are lost counts for nothing while the optimizer still waits for them."""
+    if record.status != "recorded" or state is None or state.state in TERMINAL_STATES:
+        return True
+    return has_results(record, trial.evaluations)
 
 
 def max_train_epochs(trial: TrialLayout) -> int | None:

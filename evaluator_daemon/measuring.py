@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from evaluator_daemon.metrics.base import MetricSource, RenderedSet
@@ -11,6 +10,9 @@ from evaluator_daemon.scoring import CLIP_TOLERANCE, combined_score, gate, pixar
 from shared.errors import SettingsError
 from shared.planning import CLIP_CONSISTENCY
 from shared.schemas import EvaluationPlan, Gate, GateCheck, Metric, Score
+
+FEWEST_PAIRS = 4
+"""With fewer pictures the interval is so wide that any collapse would pass the CLIP gate."""
 
 
 def measure(sources: Sequence[MetricSource], rendered: RenderedSet) -> dict[str, Metric]:
@@ -79,12 +81,15 @@ def _clip_check(lora: Metric | None, base: Metric | None, tolerance: float) -> G
     for metric in (lora, base):
         if metric.status != "ok":
             return GateCheck(passed=None, limit=-tolerance, reason=f"{metric.status}: {metric.reason}")
-    verdict = gate([], _values(lora), _values(base), tolerance)
+    values, base_values = _values(lora), _values(base)
+    if len(values) < FEWEST_PAIRS:
+        few = f"{len(values)} pictures are too few to tell; use --num-samples {FEWEST_PAIRS} or more"
+        return GateCheck(passed=None, limit=-tolerance, reason=few)
+    verdict = gate([], values, base_values, tolerance)
     assert verdict.clip_difference is not None
-    high = verdict.clip_difference.high
     return GateCheck(
         passed=verdict.passed,
-        value=high if math.isfinite(high) else None,  # one pair proves nothing
+        value=verdict.clip_difference.high,
         limit=-tolerance,
         reason="; ".join(verdict.reasons) or None,
     )

@@ -10,7 +10,7 @@ from datetime import datetime
 import numpy as np
 from PIL import Image
 
-from evaluator_daemon.folder import read_or_none
+from evaluator_daemon.folder import has_results, read_or_none
 from evaluator_daemon.metrics.base import Picture
 from evaluator_daemon.sweep import SETTLED, quarantine_code
 from shared.errors import DiskError
@@ -142,9 +142,8 @@ class Memory:
         write_model(self.evaluations.summary, summary)
 
     def has_results(self, record: CheckpointRecord) -> bool:
-        """Whether the record's metrics.json is there and is about that content and plan."""
-        metrics = read_or_none(self.evaluations.checkpoint(record.checkpoint).metrics, Metrics)
-        return metrics is not None and _fits(metrics, record)
+        """Whether what the record is about is on disk."""
+        return has_results(record, self.evaluations)
 
     def _say_superseded(self, before: CheckpointRecord, record: CheckpointRecord) -> None:
         """A record that gives way to other content, or to another plan, leaves at least its figure in the log."""

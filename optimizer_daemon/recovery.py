@@ -51,6 +51,8 @@ def recover(
         adopted = runner.adopt(live, now)
         if not adopted and live.state.state == "training" and _never_began(live.layout):
             live.write_state(state="drawn", started=None)  # so it costs none of the attempts
+        if adopted and live.state.state in ("drawn", "interrupted"):  # what the state file missed when we were killed
+            live.write_state(state="training", reason=None, started=live.state.started or time)
         log_change(_log, "trial found", trial=live.number, state=live.state.state, trainer_alive=adopted)
         found.append(live)
     for ended in study.ended():

@@ -102,8 +102,8 @@ class ScoreReader:
 
     def _judged(self, seen: TrialScores, trial: TrialLayout, record: CheckpointRecord) -> TrialScores:
         metrics, render = self._metrics(trial, record)
-        if metrics is None:
-            return seen  # recorded before its figures could be read: looked at again
+        if metrics is None or not all((render.folder / sample.file).exists() for sample in metrics.samples):
+            return seen  # lost or damaged since: the evaluator makes them again
         score = metrics.scores.get(self._objective)
         if score is None or score.value is None:
             missing = ", ".join(score.left_out) if score is not None else "it"

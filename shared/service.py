@@ -105,7 +105,7 @@ class Service:
         while not self.stopping:
             tick()
             self.keep_alive()
-            due = next_due(due, self._clock(), interval_s)
+            due = next_due(due, self._clock(), interval_s)  # a tick after a wake-up leaves it where it was
             while not self.stopping and not self._woken_before(due):
                 self.keep_alive()
                 if self._clock() >= due:
@@ -147,8 +147,8 @@ class Service:
 
 
 def next_due(due: float, now: float, interval_s: float) -> float:
-    """Return the first time after `now` on the grid due + k * interval_s, k >= 1."""
-    return due + interval_s * max(1, math.floor((now - due) / interval_s) + 1)
+    """Return the first time after `now` on the grid due + k * interval_s, k >= 0."""
+    return due + interval_s * max(0, math.floor((now - due) / interval_s) + 1)
 
 
 def notify(*assignments: str) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, Self, TypeVar
 
 import optuna
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
@@ -29,6 +29,7 @@ BUSY_TIMEOUT_S = 60  # another reader of the database may hold it that long
 
 _OWNER = "owner"
 _SPACE = "search_space"
+_RULES = "search_rules"
 _REASON = "reason"
 _GATE = "gate"
 
@@ -145,7 +146,8 @@ class TuningStudy:
                     storage=storage, study_name=name, sampler=feasible, direction="minimize", load_if_exists=True
                 )
                 _check_owner(study, storage_url, folder_id)
-                _check_space(study, {known: str(parameter) for known, parameter in space.parameters.items()})
+                _check_space(study, _SPACE, {known: str(known_as) for known, known_as in space.parameters.items()})
+                _check_space(study, _RULES, space.rules())
             except (StorageInternalError, SQLAlchemyError) as error:
                 raise _not_opened(storage_url, error) from error
             refused.pop_all()
@@ -245,7 +247,10 @@ class TuningStudy:
             values = self._sampler.draw(self._study, self._frozen(trial.number))
             trial.set_user_attr(DRAW, {"stage": self._stage, "values": values})
             reach("optimizer.draw_stored")
+        values = trial.user_attrs[DRAW]["values"]
         for name, distribution in self._sampler.distributions.items():
+            if not _contains(distribution, values[name]):
+                continue  # it was pinned when it was drawn, and stays out of the model
             match distribution:
                 case CategoricalDistribution():
                     trial.suggest_categorical(name, distribution.choices)
@@ -265,6 +270,13 @@ class TuningStudy:
 
     def _trial(self, number: int) -> Trial:
         return Trial(self._study, self._frozen(number)._trial_id)
+
+
+def _contains(distribution: BaseDistribution, value: Value) -> bool:
+    try:
+        return distribution._contains(distribution.to_internal_repr(value))
+    except ValueError:
+        return False
 
 
 def _draw_of(number: int, attributes: Mapping[str, Any], started: datetime | None) -> Draw:
@@ -357,11 +369,16 @@ def _check_owner(study: optuna.Study, storage_url: str, folder_id: str) -> None:
         )
 
 
-def _check_space(study: optuna.Study, declared: dict[str, str]) -> None:
-    """Refuse other parameters before Optuna does so in the middle of a trial."""
-    known: dict[str, str] | None = study.user_attrs.get(_SPACE)
+def _check_space(study: optuna.Study, attribute: str, declared: dict[str, str]) -> None:
+    """Refuse other parameters, before Optuna does so in the middle of a trial, and other rules.
+
+    Args:
+        attribute: where the study keeps what it was made with.
+        declared: each part of the space by name.
+    """
+    known: dict[str, str] | None = study.user_attrs.get(attribute)
     if known is None:
-        study.set_user_attr(_SPACE, declared)
+        study.set_user_attr(attribute, declared)
         return
     changed = [
         f"{name}: {known.get(name, 'absent')} -> {declared.get(name, 'absent')}"

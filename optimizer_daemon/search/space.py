@@ -40,6 +40,16 @@ class SearchSpace:
     constraints: tuple[Constraint, ...]
     start_up: StartUp | None = None
 
+    def rules(self) -> dict[str, str]:
+        """Return what is declared beside the parameters, as text by name: equal for spaces that draw alike."""
+        texts = {f"derived {name}": expression.text for name, expression in self.derived.items()}
+        for number, rule in enumerate(self.constraints, start=1):
+            checks = "".join(f" and requires {check.text}" for _, check in rule.requires)
+            texts[f"constraint {number}"] = f"when {rule.when.text}{checks}"
+        if self.start_up is not None:
+            texts["start_up"] = self.start_up.model_dump_json()
+        return texts
+
     def complete(self, values: Mapping[str, Value]) -> dict[str, Value]:
         """Return what the trainer sees: each value on its grid, the derived ones added or put in place.
 

@@ -25,7 +25,7 @@ from shared.files import read_model, write_model
 from shared.layout import StudyLayout, TrialLayout
 from shared.logs import LineFormatter
 from shared.planning import make_plan
-from shared.schemas import Attempt, EvaluationState, EvaluationSummary, Metrics
+from shared.schemas import Attempt, EvaluationState, EvaluationSummary, Metrics, TrialState
 from tests.evaluator_daemon.tiny_models import PROMPTS, TEXT_MODULES, UNET_MODULES, lora_bytes
 
 
@@ -102,6 +102,23 @@ def test_every_checkpoint_is_scored_once(job, trial):
     before = written(trial)
     evaluate(job, trial)
     assert written(trial) == before, "nothing is evaluated twice"
+
+
+@pytest.mark.parametrize("lost", ["metrics.json", "sample_1.png"])
+def test_results_that_are_lost_are_made_again_while_the_optimizer_waits_for_them(job, trial, lost):
+    path = trial.final_checkpoint
+    path.write_bytes(lora_bytes(20))
+    write_model(
+        trial.state,
+        TrialState(trial=trial.number, optuna_number=trial.number - 1, state="trained", attempt=1, drawn=now()),
+    )
+    evaluate(job, trial)
+    before = metrics_of(trial, path.stem).metrics
+    (trial.evaluations.checkpoint(path.stem).folder / lost).unlink()
+    (record,) = evaluate(job, trial).values()
+    assert (record.status, [attempt.outcome for attempt in record.attempts]) == ("recorded", ["recorded"])
+    assert metrics_of(trial, path.stem).metrics == before
+    assert (trial.evaluations.checkpoint(path.stem).folder / lost).exists()
 
 
 def test_touched_files_are_not_rendered_again_but_new_content_under_an_old_name_is(job, trial, caplog):

@@ -54,15 +54,17 @@ def test_the_targets_are_those_frozen_in_the_plan():
         scores_of(metrics, plan(**{"target.contrast": "low"}))
 
 
-CLIP = measured([0.8, 0.7], "maximise")
+CLIP = measured([0.8, 0.7, 0.8, 0.7], "maximise")
 
 
 @pytest.mark.parametrize(
     ("clip", "base_clip", "passed", "value"),
     [
         pytest.param(CLIP, CLIP, True, 0.0, id="as the base model"),
-        pytest.param(measured([0.4, 0.3], "maximise"), CLIP, False, -0.4, id="worse on every picture"),
-        pytest.param(measured([0.8], "maximise"), measured([0.9], "maximise"), True, None, id="one pair says nothing"),
+        pytest.param(measured([0.4, 0.3, 0.4, 0.3], "maximise"), CLIP, False, -0.4, id="worse on every picture"),
+        pytest.param(
+            measured([0.1] * 3, "maximise"), measured([0.9] * 3, "maximise"), None, None, id="three pairs are too few"
+        ),
         pytest.param(unavailable("no CLIP", "maximise"), CLIP, None, None, id="the LoRA's is unavailable"),
         pytest.param(CLIP, unavailable("no CLIP", "maximise"), None, None, id="the base model's is unavailable"),
     ],
@@ -85,7 +87,7 @@ def test_a_black_picture_fails_the_gate_whatever_clip_says():
 
 
 def test_the_tolerance_of_the_plan_counts():
-    worse = {"clip_consistency": measured([0.7, 0.6], "maximise")}
+    worse = {"clip_consistency": measured([0.7, 0.6, 0.7, 0.6], "maximise")}
     base = {"clip_consistency": CLIP}
     assert not gate_of(rendered(pictures()), worse, base, plan()).feasible
     assert gate_of(rendered(pictures()), worse, base, plan(**{"gate.clip_tolerance": 0.2})).feasible

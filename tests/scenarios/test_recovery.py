@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from shared.failpoints import PLACES
-from shared.files import read_model
+from shared.files import read_model, write_model
 from shared.locks import FileLock
 from shared.process import ProcessIdentity
 from shared.schemas import AllTrials, Run, TrialState
@@ -78,6 +78,9 @@ def test_a_training_without_daemon_and_supervisor_is_adopted_and_stopped_in_orde
     trainer = lab.trainers()["trial_0001"] - {supervisor}
     first.kill()
     os.kill(supervisor, signal.SIGKILL)
+    # As a daemon leaves it that is killed in the middle of an orderly stop.
+    stopping = state(lab, 1).model_copy(update={"state": "interrupted", "reason": "stopped by signal 15"})
+    write_model(lab.study.trial(1).state, stopping)
     second = lab.optimizer("--n-trials", 1, hold=NEVER)
     wait_until(lambda: "trial found" in lab.log(), PATIENCE_S, second.said)
     assert "trial found trial=1 state=training trainer_alive=True" in lab.log()

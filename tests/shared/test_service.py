@@ -89,7 +89,7 @@ class TestRhythm:
         assert simulation.ticks == list(range(1001))
 
     @pytest.mark.parametrize(
-        ("due", "now", "expected"), [(0, 0, 30), (0, 29.9, 30), (0, 30, 60), (0, 95, 120), (30, 5, 60)]
+        ("due", "now", "expected"), [(0, 0, 30), (0, 29.9, 30), (0, 30, 60), (0, 95, 120), (30, 5, 30)]
     )
     def test_the_next_tick_is_the_first_on_the_grid_after_now(self, due, now, expected):
         assert next_due(due, now, 30) == expected
@@ -119,8 +119,22 @@ class TestRhythm:
             if len(ticks) == 3:
                 service.stop()
 
-        service.run(tick, interval_s=0.5)
+        service.run(tick, interval_s=2)
         assert ticks[2] - ticks[1] > 0.1, "the third tick came by the clock"
+
+    def test_wakes_do_not_put_off_the_tick_that_is_due(self):
+        """Ten wakes in the first moment, and the tick by the clock still comes after one interval."""
+        service, begin, times = Service(), time.monotonic(), []
+
+        def tick() -> None:
+            times.append(time.monotonic() - begin)
+            if len(times) <= 10:
+                service.wake()
+            elif len(times) == 12:
+                service.stop()
+
+        service.run(tick, interval_s=1)
+        assert times[10] < 1 <= times[11] < 5
 
     def test_a_failing_tick_ends_the_loop_with_its_error(self):
         def tick() -> None:

@@ -364,12 +364,13 @@ class TestCommandLine:
         assert json.loads((trial.folder / "my.json").read_text())["exit_status"] == 5
 
     def test_of_two_for_one_folder_the_second_refuses_and_spoils_nothing(self, trial):
-        first = supervise(trial, argv=shell("touch up; sleep 0.5"))
+        first = supervise(trial, argv=shell("touch up; while [ ! -e over ]; do sleep 0.05; done"))
         wait_until((trial.folder / "up").exists, "start")
         second = supervise(trial, argv=shell("touch never"))
         _, message = second.communicate(timeout=PATIENCE_S)
         assert second.returncode == 2
         assert f"held by pid {first.pid}" in message
+        (trial.folder / "over").touch()
         first.communicate(timeout=PATIENCE_S)
         assert (first.returncode, (trial.folder / "never").exists()) == (0, False)
 

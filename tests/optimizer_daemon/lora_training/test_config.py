@@ -98,8 +98,8 @@ def test_what_decides_the_weights_is_what_a_resumed_training_must_share():
     ("text", "message"),
     [
         ("learning_rate = 1e-4\nlearning_rate = 1", "not valid TOML"),
-        ("optimizer_tipe = 'Lion'", "optimizer_tipe: there is no such key; did you mean 'optimizer_type'?"),
-        ("[general]\nx = 1", "general: there is no such key; take it out"),
+        ("optimizer_tipe = 'Lion'", " line 1: optimizer_tipe: there is no such key; did you mean 'optimizer_type'?"),
+        ("[general]\nx = 1", " line 1: general: there is no such key; take it out"),
         ("output_name = 'a'", "is missing"),
     ],
     ids=["broken TOML", "a misspelt key", "a key of another file", "something missing"],
@@ -107,7 +107,7 @@ def test_what_decides_the_weights_is_what_a_resumed_training_must_share():
 def test_a_broken_file_is_one_error_that_names_it(tmp_path: Path, text: str, message: str):
     with pytest.raises(UserError) as caught:
         loaded(tmp_path, text)
-    assert str(caught.value).startswith(f"{tmp_path / 'train_config.toml'}: ")
+    assert str(caught.value).startswith(str(tmp_path / "train_config.toml"))
     assert message in str(caught.value)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Iterator
+import sys
 
 import pytest
 import torch
@@ -26,18 +27,15 @@ def test_the_mean_is_of_the_losses_that_are_numbers(losses: list[float], mean: f
     assert MeanLoss(losses).value == pytest.approx(mean, nan_ok=True)
 
 
-@pytest.fixture
-def reporter() -> Iterator[Reporter]:
-    with Reporter(epochs=1, total_steps=9, start=Position(), losses=(), logging_dir=None, groups=()) as reporter:
-        yield reporter
-
-
-def test_the_bar_says_nan_of_the_latest_step_only(reporter: Reporter, capsys: pytest.CaptureFixture[str]):
+def test_the_bar_says_nan_of_the_latest_step_only(monkeypatch: pytest.MonkeyPatch):
+    output = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", output)
     shown = []
-    for step, loss in enumerate([2.0, math.nan, 4.0], 1):
-        reporter.step(step, [step - 1], [torch.tensor(loss)], [])
-        reporter.catch_up()
-        progress = parse_bar(capsys.readouterr().err)
-        assert progress is not None and progress.step == step
-        shown.append(progress.loss)
+    with Reporter(epochs=1, total_steps=9, start=Position(), losses=(), logging_dir=None, groups=()) as reporter:
+        for step, loss in enumerate([2.0, math.nan, 4.0], 1):
+            reporter.step(step, [step - 1], [torch.tensor(loss)], [])
+            reporter.catch_up()
+            progress = parse_bar(output.getvalue())
+            assert progress is not None and progress.step == step
+            shown.append(progress.loss)
     assert shown == pytest.approx([2.0, math.nan, 3.0], nan_ok=True)

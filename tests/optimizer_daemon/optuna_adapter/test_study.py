@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from pathlib import Path
 
@@ -174,6 +175,28 @@ def test_pinned_epochs_stay_out_of_the_model_and_a_stage_is_kept_with_the_draw(u
     assert (draw.values["epochs"], draw.stage) == (7, "7 epochs")
     assert "epochs" not in stored(url)[1].params
     assert opened(url, space).ask().values["epochs"] in (2, 4, 6, 8)
+
+
+def test_a_trial_drawn_with_pinned_epochs_goes_on_where_they_are_free_again(url, space):
+    drawn = opened(url, space, pinned={"epochs": 3}, stage="3 epochs").ask()
+    assert drawn.values["epochs"] == 3
+    assert opened(url, space).running() == [drawn]
+    assert "epochs" not in stored(url)[0].params
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        ("int(dim * share)", "int(2 * dim * share)", "derived alpha: int(dim * share) -> int(2 * dim * share)"),
+        ("dim >= 8 and", "dim >= 16 and", "constraint 1: when dim >= 8 and rate > 1e-4 -> when dim >= 16"),
+    ],
+    ids=["a derived value", "a rule"],
+)
+def test_a_space_that_computes_or_forbids_otherwise_is_refused(url, space, before, after, says):
+    opened(url, space).ask()
+    changed = parse_space(SPACE.replace(before, after), "test.toml")
+    with pytest.raises(StudyMismatchError, match=re.escape(says)):
+        opened(url, changed)
 
 
 @pytest.mark.parametrize(
