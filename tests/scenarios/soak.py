@@ -115,6 +115,9 @@ class Soak:
 
     def _finish(self) -> int:
         """Stop in order, extend the study to one more trial, and let both daemons end by themselves."""
+        # Before it has its lock a daemon is just a program that SIGTERM ends.
+        wait_until(lambda: "study opened" in self._daemons["optimizer"].said, 120, "the optimizer does not start")
+        wait_until(lambda: "manager started" in self._daemons["manager"].said, 120, "the manager does not start")
         for name in ("optimizer", "manager"):
             status = self._daemons[name].stop()
             if status != 128 + signal.SIGTERM:
