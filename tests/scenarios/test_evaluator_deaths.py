@@ -66,6 +66,7 @@ def test_an_evaluator_that_dies_anywhere_leaves_every_checkpoint_recorded_once(t
     assert ended <= {"recorded", "interruption", *(["strike"] if "crash" in failpoint else [])}
 
 
+@pytest.mark.slow
 def test_three_crashes_at_one_checkpoint_quarantine_it_and_the_others_are_scored(tmp_path):
     with lab_in(tmp_path) as lab:
         trial = make_trial(lab.study, 1)

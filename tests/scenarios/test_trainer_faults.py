@@ -280,10 +280,8 @@ KILLS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("failpoint", "expected"),
-    [pytest.param(*row[1:], id=row[0], marks=[] if not index else pytest.mark.slow) for index, row in enumerate(KILLS)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("failpoint", "expected"), [pytest.param(*row[1:], id=row[0]) for row in KILLS])
 def test_a_training_killed_anywhere_ends_with_the_same_weights(tmp_path: Path, whole, failpoint: str, expected):
     with Lab(tmp_path, space=SPACE_OF_ONE.format(rate="1e-3", epochs=2)) as lab:
         running = daemon(lab, "--n-trials", 1, failpoints=failpoint)
