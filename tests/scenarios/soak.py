@@ -21,7 +21,7 @@ from pathlib import Path
 from random import Random
 
 from shared.files import read_model
-from shared.schemas import TrialState
+from shared.schemas import EvaluationState, TrialState
 from tests.scenarios.invariants import violations
 from tests.scenarios.lab import Daemon, Lab, wait_until
 
@@ -30,6 +30,7 @@ MANY_TRIALS = 1000  # never reached; the study is ended by a stop
 SHORTEST_LIFE_S, LONGEST_LIFE_S = 0.3, 8.0
 LONGEST_ABSENCE_S = 2.0
 DEATHS_OF_A_TRAINING = 3  # one that dies a fourth time before it has saved anything has failed, and rightly so
+DEATHS_OVER_A_CHECKPOINT = 3  # five in a row, while others are scored, make it suspect
 EXPECTED = (0, -signal.SIGKILL)
 
 Say = Callable[[str], None]
@@ -82,13 +83,23 @@ class Soak:
 
     def _strike(self) -> None:
         """Kill one process of a kind that has deaths left, when there is one."""
-        kinds = [kind for kind in VICTIMS if self._left[kind] > 0]
+        spared = ("manager", "evaluator", "optimizer") if self._has_suspects() else ()
+        kinds = [kind for kind in VICTIMS if self._left[kind] > 0 and kind not in spared]
         self._random.shuffle(kinds)
         for kind in kinds:
             if self._kill_one(kind):
                 self._left[kind] -= 1
                 self.kills[kind] += 1
                 return
+
+    def _has_suspects(self) -> bool:
+        """Whether one more death or two would have a checkpoint suspected, and rightly so, of killing evaluators."""
+        for trial in self.lab.study.list_trials():
+            with suppress(FileNotFoundError):
+                records = read_model(trial.evaluations.state, EvaluationState).checkpoints
+                if any(record.interruptions_in_a_row >= DEATHS_OVER_A_CHECKPOINT for record in records):
+                    return True
+        return False
 
     def _kill_one(self, kind: str) -> bool:
         if kind in ("manager", "optimizer"):

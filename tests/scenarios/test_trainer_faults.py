@@ -300,6 +300,7 @@ def test_a_training_killed_before_anything_was_saved_is_redone(tmp_path: Path, w
         running = daemon(lab, "--n-trials", 1, failpoints=failpoint)
         trial = lab.study.trial(1)
         wait_until((trial.attempt(1) / "trainer_exit.json").exists, what=running.said)
+        running.kill()
         lab.kill_everything()
         running = daemon(lab, "--n-trials", 1)
         assert running.wait() == 0, running.said
