@@ -10,19 +10,14 @@ import logging
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from evaluator_daemon.admission import admit, half_network, is_usual_network, require_own_network, standing
 from evaluator_daemon.folder import look_at, max_train_epochs, read_or_none
 from evaluator_daemon.job import Job
-from evaluator_daemon.measuring import gate_of, measure, scores_of
-from evaluator_daemon.metrics import METRICS
-from evaluator_daemon.metrics.base import MetricSource, RenderedSet
 from evaluator_daemon.recording import Memory, changed, given_up, now, read_pictures, write_pictures
-from evaluator_daemon.reference import Reference, find_reference, samples_of
-from evaluator_daemon.renderers import RENDERERS
-from evaluator_daemon.renderers.base import Renderer
+from evaluator_daemon.resident import ResidentModel
 from evaluator_daemon.sweep import TrialView, WeightFile, is_over, is_truncated, open_files
 from evaluator_daemon.watcher import FolderWatch
 from shared.errors import (
@@ -31,7 +26,6 @@ from shared.errors import (
     IncompleteCheckpointError,
     LabError,
     RefusedCheckpointError,
-    ResourceError,
     Stopped,
 )
 from shared.failpoints import reach
@@ -39,9 +33,8 @@ from shared.files import read_model, write_model
 from shared.layout import TRIAL_STATE, TrialLayout, checkpoint_epoch
 from shared.locks import FileLock
 from shared.logs import log_change
-from shared.planning import metrics_of
 from shared.safetensors_file import Checkpoint, LoraLayout, lora_ranks, read_header
-from shared.schemas import Attempt, CheckpointRecord, Metrics, PhaseSeconds, TrialParams
+from shared.schemas import Attempt, CheckpointRecord, Metrics, TrialParams
 from shared.schemas.evaluator import CheckpointStatus
 from shared.service import Service
 
@@ -98,9 +91,7 @@ class Evaluator:
         self.memory = Memory(trial.name, trial.evaluations, self.plan_hash)
         self._service = service
         self._changed_state = changed_state
-        self._renderer: Renderer | None = None
-        self._sources: list[MetricSource] = []
-        self._reference: Reference | None = None
+        self._model = ResidentModel(job, self._stop_if_asked)
         self._waiting: dict[str, str] = {}
 
     def close_unfinished(self, previous_crash: str | None) -> None:
@@ -238,45 +229,20 @@ class Evaluator:
         self, record: CheckpointRecord, checkpoint: Checkpoint, layout: LoraLayout, params: TrialParams | None
     ) -> Metrics:
         """Render, measure and write one checkpoint's folder, metrics.json last."""
-        with self._gpu():
-            renderer = self._ready()
-            if params is not None and is_usual_network(checkpoint, params) and (missing := renderer.left_out(layout)):
-                raise half_network(checkpoint.path, sorted(missing), "of the layers that networks.lora adapts")
-            assert self._reference is not None
-            begin = time.monotonic()
-            with renderer.lora(checkpoint, layout):
-                loaded = time.monotonic()
-                rendering = renderer.render(self._stop_if_asked)
-            rendered_at = time.monotonic()
-            prompts = [sample.prompt for sample in samples_of(self.job)]
-            rendered = RenderedSet(rendering.pictures, prompts, self._reference.pictures)
-            figures = measure(self._sources, rendered)
-        end = time.monotonic()
-        reach("evaluator.rendered")
-        metrics = Metrics(
-            trial_name=self.trial.name,
-            checkpoint=record.checkpoint,
-            checkpoint_sha256=record.checkpoint_sha256,
-            plan_hash=self.plan_hash,
+        judged = self._model.judge(
+            checkpoint,
+            layout,
+            of=self.trial.name,
             epoch=record.epoch,
-            evaluation_time=now(),
-            samples=samples_of(self.job),
-            metrics=figures,
-            scores=scores_of(figures, self.job.plan),
-            gate=gate_of(rendered, figures, self._reference.metrics.metrics, self.job.plan),
-            seconds=PhaseSeconds(
-                load=loaded - begin, render=rendered_at - loaded, measure=end - rendered_at, total=end - begin
-            ),
-            batch_size=rendering.batch_size,
-            device=renderer.device_name,
-            library_versions=renderer.versions,
+            is_usual=params is not None and is_usual_network(checkpoint, params),
         )
+        reach("evaluator.rendered")
         folder = self.trial.evaluations.checkpoint(record.checkpoint)
-        write_pictures(folder, rendering.pictures)
+        write_pictures(folder, judged.pictures)
         reach("evaluator.pictures_written")
-        write_model(folder.metrics, metrics)
+        write_model(folder.metrics, judged.metrics)
         reach("evaluator.metrics_written")
-        return metrics
+        return judged.metrics
 
     def _copy_twin(self, record: CheckpointRecord, twin: CheckpointRecord) -> bool:
         """Record equal content under its second name without rendering it again; False when its pictures are gone."""
@@ -334,35 +300,6 @@ class Evaluator:
                 log_change(_log, "quarantined", checkpoint=other, code=error.code, reason=error.reason)
 
     # ------------------------------------------------------------------------------------------------------- helpers
-
-    def _ready(self) -> Renderer:
-        """Load what rendering and measuring need, once."""
-        if self._renderer is None:
-            self._renderer = RENDERERS.load("diffusion")(self.job)
-            self._sources = [METRICS.load(name)(self.job) for name in metrics_of(self.job.plan)]
-        if self._reference is None:
-            self._reference = find_reference(self.job, self._renderer, self._sources, self._stop_if_asked)
-        return self._renderer
-
-    @contextlib.contextmanager
-    def _gpu(self) -> Iterator[None]:
-        """Hold the GPU against other evaluators; a CPU needs no turn."""
-        if self.job.device == "cpu":
-            yield
-            return
-        from evaluator_daemon.renderers.diffusion import gpu_lease
-
-        lease = gpu_lease(self.job.device)
-        while True:
-            try:
-                lease.acquire(timeout_s=1.0)
-                break
-            except ResourceError:
-                self._stop_if_asked()
-        try:
-            yield
-        finally:
-            lease.release()
 
     def _stop_if_asked(self) -> None:
         if self._service.stopping:

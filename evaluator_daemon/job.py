@@ -7,18 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluator_daemon.settings import EvaluatorSettings
+from shared.devices import require_device, resolve_device
 from shared.errors import SettingsError, StudyMismatchError
 from shared.files import read_kept
 from shared.layout import StudyLayout
-from shared.planning import (
-    digest_model,
-    make_plan,
-    read_prompt_file,
-    require_base_model,
-    require_clip_model,
-    require_device,
-    resolve_device,
-)
+from shared.model_folders import digest_model, require_base_model, require_clip_model
+from shared.planning import make_plan
+from shared.prompts import read_prompt_file
 from shared.schemas import EvaluationPlan, Run
 from shared.settings import LoadedSettings, make_writable_folder
 

@@ -8,8 +8,8 @@ from evaluator_daemon.metrics.base import MetricSource, RenderedSet
 from evaluator_daemon.metrics.pixels import pixel_statistics, sentinel
 from evaluator_daemon.scoring import CLIP_TOLERANCE, combined_score, gate, pixar_style_score
 from shared.errors import SettingsError
-from shared.planning import CLIP_CONSISTENCY
 from shared.schemas import EvaluationPlan, Gate, GateCheck, Metric, Score
+from shared.scoring_presets import CLIP_CONSISTENCY
 
 FEWEST_PAIRS = 4
 """With fewer pictures the interval is so wide that any collapse would pass the CLIP gate."""

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from shared.verbs import Verb, run_verb, settings_verb
+from shared.verbs import Run, Verb, run_verb, settings_verb
 
 if TYPE_CHECKING:
     from optimizer_daemon.settings import OptimizerSettings
     from shared.layout import StudyLayout
     from shared.schemas.requests import Request
-
-Run = Callable[[argparse.Namespace], int]
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

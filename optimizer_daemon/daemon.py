@@ -34,13 +34,13 @@ from optimizer_daemon.study_file import begun, rewritten
 from optimizer_daemon.summary import ended_text, progress_fields, progress_parts, seconds, seconds_left, stopped_text
 from optimizer_daemon.trainers import TRAINERS
 from optimizer_daemon.watch_script import write_watch_script
+from shared.devices import require_device
 from shared.errors import LabError, ResourceError, SettingsError, Stopped
 from shared.failpoints import reach
 from shared.files import write_model
 from shared.layout import StudyLayout
 from shared.locks import FileLock
 from shared.logs import log_change, set_up_logs
-from shared.planning import require_device
 from shared.requests import RequestFolder
 from shared.schemas import AllTrials, Run
 from shared.schemas.optimizer import RunStatus

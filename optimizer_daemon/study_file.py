@@ -18,16 +18,12 @@ from optimizer_daemon.settings import OptimizerSettings
 from shared.errors import LabError, SettingsError, StudyMismatchError
 from shared.files import read_kept, write_model
 from shared.layout import StudyLayout
-from shared.planning import (
-    digest_model,
-    draw_prompts,
-    make_plan,
-    parse_metrics,
-    read_prompt_file,
-    require_clip_model,
-)
+from shared.model_folders import digest_model, require_clip_model
+from shared.planning import make_plan
+from shared.prompts import draw_prompts, read_prompt_file
 from shared.schemas import Run, Scalar, Trainer
 from shared.schemas.optimizer import RunStatus
+from shared.scoring_presets import parse_metrics
 
 Shown = dict[str, Scalar | tuple[Scalar, ...] | None]
 """Settings by flag name, without the dashes."""

@@ -16,6 +16,9 @@ from shared.errors import UserError
 if TYPE_CHECKING:
     from shared.settings import DaemonSettings
 
+Run = Callable[[argparse.Namespace], int]
+"""What runs a verb: its arguments -> the exit status."""
+
 
 @dataclass(frozen=True)
 class Verb:
@@ -30,7 +33,7 @@ class Verb:
 
     name: str
     help: str
-    declare: Callable[[argparse.ArgumentParser], Callable[[argparse.Namespace], int]]
+    declare: Callable[[argparse.ArgumentParser], Run]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -77,7 +80,7 @@ def run_verb(program: str, description: str, verbs: Sequence[Verb], argv: Sequen
 def settings_verb(load_model: Callable[[], type[DaemonSettings]]) -> Verb:
     """Return the verb `settings`: every effective setting and where it comes from."""
 
-    def declare(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    def declare(parser: argparse.ArgumentParser) -> Run:
         from shared.settings import add_settings_flags
 
         model = load_model()

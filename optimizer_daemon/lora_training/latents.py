@@ -32,7 +32,7 @@ from optimizer_daemon.lora_training.dataset import Batch, TrainingImage
 from optimizer_daemon.lora_training.models import Hardware, load_vae
 from shared.errors import DiskError, UserError
 from shared.files import write_bytes
-from shared.planning import digest_model
+from shared.model_folders import digest_model
 
 _LATENT = "latent"
 _SAY_EVERY_S = 1.0

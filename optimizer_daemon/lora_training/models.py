@@ -17,8 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 from optimizer_daemon.lora_training.base_model import BaseModel
 from optimizer_daemon.lora_training.config import TrainConfig
+from shared.devices import resolve_device
 from shared.errors import ResourceError, UserError
-from shared.planning import resolve_device
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)

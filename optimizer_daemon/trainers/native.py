@@ -18,7 +18,7 @@ from optimizer_daemon.trainers.diagnosis import explain
 from optimizer_daemon.trainers.progress import parse_bar, parse_preparation
 from shared.errors import SettingsError, UserError
 from shared.layout import TrialLayout
-from shared.planning import require_base_model
+from shared.model_folders import require_base_model
 from shared.schemas import Run, TrainerExit, TrialParams
 from shared.schemas.base import Scalar
 from shared.strict_json import first_fault

@@ -19,9 +19,9 @@ from evaluator_daemon.admission import EVALUATOR_CODES
 from evaluator_daemon.metrics import METRICS
 from shared.files import read_model, write_model
 from shared.layout import StudyLayout
-from shared.planning import METRIC_SOURCES
 from shared.safetensors_file import CODES
 from shared.schemas import Run
+from shared.scoring_presets import METRIC_SOURCES
 from tests.scenarios.bad_cases import CASES
 from tests.scenarios.bad_input import ROOT, Case, World
 

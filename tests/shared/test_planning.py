@@ -7,16 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from shared.devices import default_dtype, resolve_device
 from shared.errors import SettingsError
-from shared.planning import (
-    default_dtype,
-    default_size,
-    digest_model,
-    draw_prompts,
-    make_plan,
-    read_prompt_file,
-    resolve_device,
-)
+from shared.model_folders import default_size, digest_model
+from shared.planning import make_plan
+from shared.prompts import draw_prompts, read_prompt_file
 
 
 @pytest.fixture

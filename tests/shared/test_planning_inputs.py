@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from shared.devices import require_device
 from shared.errors import ResourceError, SettingsError, UnknownPluginError
-from shared.planning import METRIC_SOURCES, combined_preset, parse_metrics, require_device
+from shared.scoring_presets import METRIC_SOURCES, combined_preset, parse_metrics
 
 
 @pytest.mark.parametrize(

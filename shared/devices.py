@@ -1,0 +1,58 @@
+"""Which device computes, found out without importing torch."""
+
+from __future__ import annotations
+
+import ctypes
+from importlib import metadata
+from typing import Literal
+
+from shared.errors import ResourceError
+
+
+def require_device(device: str) -> None:
+    """Refuse a CUDA device that is not there.
+
+    Args:
+        device: "auto", "cpu", "cuda" or "cuda:N".
+    Raises:
+        ResourceError: the driver shows no such device, or torch is a CPU build.
+    """
+    if not device.startswith("cuda"):
+        return
+    count = cuda_device_count()
+    if count == 0 or _torch_is_cpu_build():
+        why = "the CUDA driver shows no device" if count == 0 else "the installed torch is a CPU build"
+        raise ResourceError(f"--device {device}: {why}; repair that, or use --device cpu")
+    if int(device.partition(":")[2] or 0) >= count:
+        raise ResourceError(f"--device {device}: there are only {count} CUDA devices, counted from 0; name another")
+
+
+def resolve_device(device: str) -> str:
+    """Turn "auto" into "cuda" where a CUDA driver shows a device and torch is no CPU build, else "cpu"."""
+    if device != "auto":
+        return device
+    return "cuda" if cuda_device_count() > 0 and not _torch_is_cpu_build() else "cpu"
+
+
+def cuda_device_count() -> int:
+    """Ask the CUDA driver itself, which takes milliseconds, makes no context and heeds CUDA_VISIBLE_DEVICES."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def default_dtype(device: str) -> Literal["float32", "float16"]:
+    """The number format to render in: float16 on CUDA, float32 on a CPU."""
+    return "float16" if resolve_device(device).startswith("cuda") else "float32"
+
+
+def _torch_is_cpu_build() -> bool:
+    try:
+        return metadata.version("torch").endswith("+cpu")
+    except metadata.PackageNotFoundError:
+        return True

@@ -1,0 +1,156 @@
+"""Base models and other networks on disk: what may be used, and its identity. No network library is needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from shared.errors import CheckpointError, SettingsError
+from shared.safetensors_file import read_header
+
+_PIPELINE = "StableDiffusionPipeline"
+_COMPONENTS = {  # component -> the file that says what it is
+    "unet": "config.json",
+    "vae": "config.json",
+    "text_encoder": "config.json",
+    "tokenizer": "tokenizer_config.json",
+    "scheduler": "scheduler_config.json",
+}
+_WITH_WEIGHTS = ("unet", "vae", "text_encoder")
+_NOT_RENDERING = {"safety_checker", "feature_extractor", "image_encoder"}
+
+
+def digest_model(folder: Path, *, setting: str = "--base-model") -> str:
+    """Return the identity of a model folder: SHA-256 over the names and contents of what a loader reads.
+
+    Args:
+        folder: a diffusers folder, or one model in transformers' layout, such as a CLIP.
+        setting: how the user named the folder, for messages.
+    Raises:
+        SettingsError: there is no such model, or a file of it cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        for file in _model_files(folder, setting):
+            content = hashlib.sha256()
+            with file.open("rb") as opened:
+                while block := opened.read(1 << 20):
+                    content.update(block)
+            digest.update(f"{file.relative_to(folder).as_posix()}\0{content.hexdigest()}\n".encode())
+    except OSError as error:
+        raise SettingsError(setting, str(folder), f"make {error.filename} readable ({error.strerror})") from error
+    return digest.hexdigest()
+
+
+def require_base_model(folder: Path, *, setting: str = "--base-model") -> None:
+    """Refuse what is no whole Stable Diffusion 1.x or 2.x pipeline; only its small files and headers are read.
+
+    Raises:
+        SettingsError: a single file, no diffusers folder, another family, or a part that is missing or cut short.
+    """
+    if folder.is_file():
+        raise SettingsError(
+            setting, str(folder), "a single file cannot be used; convert it to a diffusers folder and name that"
+        )
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise SettingsError(setting, str(folder), "name a diffusers folder; it holds model_index.json")
+    pipeline = _read_json(index, setting).get("_class_name")
+    if pipeline != _PIPELINE:
+        raise SettingsError(setting, str(folder), f"it is a {pipeline}; name a {_PIPELINE} (Stable Diffusion 1.x)")
+    missing = [f"{part}/{file}" for part, file in _COMPONENTS.items() if not (folder / part / file).is_file()]
+    if missing:
+        raise SettingsError(setting, str(folder), f"it lacks {', '.join(missing)}; copy the whole model")
+    for part in _WITH_WEIGHTS:
+        _require_weights(folder / part, setting)
+
+
+def require_clip_model(folder: Path, *, setting: str = "--clip-model") -> None:
+    """Refuse what is no whole CLIP in transformers' layout; only its small files and headers are read.
+
+    Raises:
+        SettingsError: no such folder, another kind of model, or a part that is missing or cut short.
+    """
+    if not (folder / "config.json").is_file():
+        raise SettingsError(setting, str(folder), "name the local folder of a CLIP model; it holds config.json")
+    kind = _read_json(folder / "config.json", setting).get("model_type")
+    if kind != "clip":
+        raise SettingsError(
+            setting, str(folder), f"its config.json says model_type {kind!r}; name a whole CLIP, 'clip'"
+        )
+    lacking = [name for name in ("preprocessor_config.json",) if not (folder / name).is_file()]
+    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+        lacking.append("tokenizer.json")
+    if lacking:
+        raise SettingsError(setting, str(folder), f"it lacks {', '.join(lacking)}; copy the whole model")
+    _require_weights(folder, setting)
+
+
+def default_size(base_model: Path) -> tuple[int, int]:
+    """Return the (width, height) in pixels the base model was made for.
+
+    Raises:
+        SettingsError: its UNet or VAE says nothing usable.
+    """
+    sample = _config(base_model, "unet").get("sample_size")
+    blocks = _config(base_model, "vae").get("block_out_channels")
+    height, width = sample if isinstance(sample, list) and len(sample) == 2 else (sample, sample)
+    if not isinstance(height, int) or not isinstance(width, int) or not isinstance(blocks, list) or not blocks:
+        raise SettingsError(
+            "--base-model", str(base_model), "its unet/config.json needs sample_size, its vae's block_out_channels"
+        )
+    factor = 2 ** (len(blocks) - 1)
+    return width * factor, height * factor
+
+
+def _model_files(folder: Path, setting: str) -> list[Path]:
+    """List the configuration and weights of every component, sorted by path."""
+    index = folder / "model_index.json"
+    if index.is_file():
+        named = [name for name, value in _read_json(index, setting).items() if isinstance(value, list)]
+        components = [folder / name for name in named if name not in _NOT_RENDERING and (folder / name).is_dir()]
+    elif (folder / "config.json").is_file():
+        components = [folder]
+    else:
+        raise SettingsError(setting, str(folder), "name a local model folder; it holds model_index.json or config.json")
+    files = [index] if index.is_file() else []
+    for component in components:
+        inside = [file for file in component.iterdir() if file.is_file() and not file.name.startswith(".")]
+        weights = [file for file in inside if file.suffix == ".safetensors"]
+        weights = weights or [file for file in inside if file.suffix == ".bin"]
+        files += [file for file in inside if file.suffix in (".json", ".txt", ".model")] + weights
+    if not any(file.suffix in (".safetensors", ".bin") for file in files):
+        raise SettingsError(setting, str(folder), "it holds no weights (*.safetensors or *.bin); copy the whole model")
+    return sorted(files)
+
+
+def _require_weights(folder: Path, setting: str) -> None:
+    """See by their headers that the weights of one part are whole; *.bin files are left to the loader."""
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+    if not files:
+        raise SettingsError(setting, str(folder), "it holds no weights (*.safetensors or *.bin); copy the whole model")
+    for file in files:
+        if file.suffix == ".safetensors":
+            real = file.resolve()  # a download cache keeps the content elsewhere and links to it
+            try:
+                read_header(real, real.parent)
+            except CheckpointError as error:
+                raise SettingsError(setting, str(file), f"{error.reason}; copy that file again") from error
+
+
+def _config(base_model: Path, component: str) -> dict[str, Any]:
+    if not (base_model / "model_index.json").is_file():
+        raise SettingsError("--base-model", str(base_model), "name a diffusers folder; it holds model_index.json")
+    return _read_json(base_model / component / "config.json", "--base-model")
+
+
+def _read_json(path: Path, setting: str) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingsError(setting, str(path), f"mend or copy that file again ({error})") from error
+    if not isinstance(document, dict):
+        raise SettingsError(setting, str(path), "that file must hold a JSON object")
+    return document
