@@ -1,93 +1,72 @@
-"""Desired evaluators against running ones. One process per trial, forked from a server that has imported everything
-heavy once; the manager itself stays without torch.
+"""Desired evaluators against running ones. One process per trial; the manager itself stays without torch.
 
 The study folder is the truth: events and messages from evaluators only bring the next sweep forward.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import multiprocessing
 import os
-import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import datetime
-from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Literal
 
+from evaluator_daemon.children import Ended, Evaluators
 from evaluator_daemon.commands import lift, refusal_of
-from evaluator_daemon.folder import look_at, read_or_none
+from evaluator_daemon.home import Home
 from evaluator_daemon.job import Job, find_job, read_run, study_folder
+from evaluator_daemon.lookout import FULL_SWEEP_S, Lookout, quarantined_in
 from evaluator_daemon.news import News
-from evaluator_daemon.process import PRELOADED, run_evaluator_process, wake_on_news
 from evaluator_daemon.settings import EvaluatorSettings
-from evaluator_daemon.sweep import TrialView, back_off_s, is_over, open_files, wanted_trials
-from evaluator_daemon.watcher import FolderWatch
+from evaluator_daemon.sweep import TrialView, is_over, open_files, wanted_trials
+from evaluator_daemon.watcher import Watches
 from shared.errors import (
     AlreadyRunningError,
     CheckpointError,
     ContractError,
+    DiskError,
     LabError,
     ResourceError,
     SettingsError,
     StudyMismatchError,
     UserError,
 )
-from shared.failpoints import reach
-from shared.files import sweep_temp_files, write_model
-from shared.layout import RUN, StudyLayout, TrialLayout
+from shared.files import write_model
+from shared.layout import RUN, TRIAL_STATE, StudyLayout, TrialLayout
 from shared.locks import FileLock
 from shared.logs import log_change, set_up_logs, tear_down_logs
 from shared.requests import RequestFolder
 from shared.safetensors_file import read_header
-from shared.schemas import (
-    ActiveEvaluator,
-    CheckpointRecord,
-    EvaluationState,
-    EvaluatorManagerState,
-    QuarantinedCheckpoint,
-    Retry,
-)
+from shared.schemas import EvaluatorManagerState, Retry
 from shared.service import Service
 from shared.settings import LoadedSettings
 
 MAX_EVALUATORS = 2
 """One for the trial in training and one for the trial before it; more would only take turns on one device."""
-STOP_TIMEOUT_S = 20.0
+MAX_WATCHED = 32
+"""Live trials whose folders are watched; each costs a thread. The others are seen by the sweep."""
+HEARTBEAT_S = 60.0
+"""How often the state file is written although nothing has changed."""
 OPTIMIZER_GRACE_S = 30.0
 """With --exit-when-finished: how long a study that was finished before we came may still be extended."""
 LAST_WORDS_S = 2.0
 WAKING_NAMES = ("trial_*", RUN)
 WAKING_REQUESTS = ("*-*.json",)  # not our own answers
+WAKING_IN_TRIALS = ("*.safetensors", TRIAL_STATE)
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass
-class RunningEvaluator:
-    """One evaluator process."""
-
-    process: ForkServerProcess
-    messages: Connection
-    started: datetime
-    handled: bool = False  # asked to end
-
-
-@dataclass
-class History:
-    """What the manager remembers of a trial between its evaluators."""
-
-    failures: int = 0
-    not_before_s: float = 0.0  # monotonic
-    last_exit: int | None = None
-    passed: bool = False  # with --once: has had its turn
-
-
-def run_manager(loaded: LoadedSettings[EvaluatorSettings], *, once: bool, exit_when_finished: bool) -> None:
+def run_manager(
+    loaded: LoadedSettings[EvaluatorSettings],
+    *,
+    once: bool,
+    exit_when_finished: bool,
+    full_sweep_s: float = FULL_SWEEP_S,
+    max_evaluators: int = MAX_EVALUATORS,
+) -> None:
     """Watch a study folder until told to stop; see `Manager`.
 
     Raises:
@@ -95,21 +74,23 @@ def run_manager(loaded: LoadedSettings[EvaluatorSettings], *, once: bool, exit_w
         Stopped: by a signal.
     """
     study = study_folder(loaded.settings, make=not once)
-    with FileLock(study.manager_lock):
+    with Home(study) as home:
         set_up_logs(study.manager_log)
-        sweep_temp_files(study.root)
-        requests = RequestFolder(study, "evaluator")
-        requests.tidy(datetime.now().astimezone())
         service = Service()
-        watch = FolderWatch(study.root, WAKING_NAMES, service.wake)
-        request_watch = FolderWatch(requests.path, WAKING_REQUESTS, service.wake)
-        manager = Manager(loaded, study, service, once=once, exit_when_finished=exit_when_finished, watch=watch)
+        manager = Manager(
+            loaded,
+            study,
+            service,
+            home,
+            once=once,
+            exit_when_finished=exit_when_finished,
+            full_sweep_s=full_sweep_s,
+            max_evaluators=max_evaluators,
+        )
         log_change(_log, "manager started", pid=os.getpid(), folder=study.root)
         try:
             service.run(manager.tick, 1.0 if once else loaded.settings.check_interval)
         finally:
-            watch.close()
-            request_watch.close()
             manager.close()
             log_change(_log, "manager stopped")
             tear_down_logs()
@@ -118,67 +99,121 @@ def run_manager(loaded: LoadedSettings[EvaluatorSettings], *, once: bool, exit_w
 
 
 class Manager:
-    """One sweep per tick: look at every trial, reap, spawn, write the view of it all."""
+    """One sweep per tick: look where something may have changed, reap, spawn, write the view of it all.
+
+    Args:
+        full_sweep_s: how often every trial is looked at, whatever its folder's times say.
+        max_evaluators: how many live at once.
+    """
 
     def __init__(
         self,
         loaded: LoadedSettings[EvaluatorSettings],
         study: StudyLayout,
         service: Service,
+        home: Home,
         *,
         once: bool,
         exit_when_finished: bool,
-        watch: FolderWatch,
+        full_sweep_s: float = FULL_SWEEP_S,
+        max_evaluators: int = MAX_EVALUATORS,
     ) -> None:
         self.failure: LabError | None = None
         self._loaded = loaded
         self._study = study
         self._service = service
+        self._home = home
         self._once = once
         self._exit_when_finished = exit_when_finished
-        self._watch = watch
+        self._full_sweep_s = full_sweep_s
+        self._max_evaluators = max_evaluators
+        self._watches = Watches(service.wake)
+        self._said_blind: set[str] = set()
         self._requests = RequestFolder(study, "evaluator")
         self._started = datetime.now().astimezone()
         self._started_s = time.monotonic()
         self._saw_optimizer = False
-        self._job: Job | None = None
         self._said_waiting = False
-        self._running: dict[str, RunningEvaluator] = {}
-        self._histories: dict[str, History] = {}
-        self._records = RecordCache()
-        self._news = News(study)
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(list(PRELOADED))
+        self._evaluators = Evaluators(study, service.wake, once=once)
+        self._watches.keep(self._folders())
+        self._forget_study()
+
+    def _forget_study(self) -> None:
+        """Know nothing of the folder."""
+        self._job: Job | None = None
+        self._lookout: Lookout | None = None
+        self._news = News(self._study)
+        self._complete: set[tuple[str, str, int, int]] = set()  # trial, checkpoint, size, modification time
+        self._written: EvaluatorManagerState | None = None
+        self._written_s = 0.0
 
     def tick(self) -> None:
         """Sweep once."""
-        self._watch.check()
+        if not self._home.is_ours() and not self._come_home():
+            return
+        try:
+            self._tick()
+        except (DiskError, FileNotFoundError):
+            if self._home.is_ours():
+                raise
+            self._service.wake()  # the folder went in the middle of it
+
+    def _tick(self) -> None:
+        if self._watches.check() and self._lookout is not None:
+            self._lookout.demand_full_sweep()
         self._serve_requests()
         if not self._find_job():
             return
-        assert self._job is not None
+        ended = self._evaluators.ended()
         trials = self._look()
-        self._reap(trials)
-        for trial in trials:
-            self._news.say(trial)
+        self._settle(self._evaluators.reap(ended))
+        self._watch(trials)
         self._start_and_stop(trials)
         self._write_state(trials, "running")
-        if not self._running and self._is_done(trials):
+        if not self._evaluators.names and self._is_done(trials):
             self._service.stop()
 
     def close(self) -> None:
         """End every evaluator and say in the state file that this manager has stopped."""
-        for running in self._running.values():
-            _terminate(running)
-        deadline = time.monotonic() + STOP_TIMEOUT_S
-        for running in self._running.values():
-            running.process.join(max(0.0, deadline - time.monotonic()))
-            if running.process.is_alive():
-                running.process.kill()
-                running.process.join()
-        self._running.clear()
-        if self._job is not None or self._said_waiting:
+        self._watches.close()
+        self._evaluators.close()
+        if self._home.is_ours() and (self._job is not None or self._said_waiting):
             self._write_state(self._look() if self._job else [], "stopped")
+
+    # ----------------------------------------------------------------------------------------------------- the folder
+
+    def _come_home(self) -> bool:
+        """The study folder is gone or is another one: leave what was in it, and begin anew where there is one."""
+        for name in self._evaluators.names:
+            self._evaluators.terminate(name)
+        if not self._home.come_back(is_needed=self._once):
+            self._evaluators.reap(self._evaluators.ended())
+            return False
+        log_change(_log, "study folder replaced", level=logging.WARNING, folder=self._study.root)
+        self._forget_study()
+        return True
+
+    def _folders(self) -> dict[Path, Sequence[str]]:
+        return {self._study.root: WAKING_NAMES, self._requests.path: WAKING_REQUESTS}
+
+    def _watch(self, trials: Sequence[TrialView]) -> None:
+        """Watch the live trials too, also those that have an evaluator of their own, which may be long at work."""
+        assert self._job is not None
+        live = [trial for trial in trials if not is_over(trial, self._job.idle_timeout_s)]
+        live.sort(key=lambda trial: (not trial.trainer_lives, trial.state is None))
+        folders = self._folders()
+        folders |= {self._study.root / trial.name: WAKING_IN_TRIALS for trial in live[:MAX_WATCHED]}
+        if self._watches.keep(folders):
+            self._service.wake()  # what came between the look and the watch told nobody
+        self._say_blind()
+
+    def _say_blind(self) -> None:
+        """Say each reason once, for as long as it lasts."""
+        blind = {why: folder for folder, why in self._watches.blind.items()}
+        for why in blind.keys() - self._said_blind:
+            interval_s = self._loaded.settings.check_interval
+            log_change(_log, "no events here", level=logging.WARNING, folder=blind[why], why=why, interval_s=interval_s)
+        self._said_blind = set(blind)
 
     # --------------------------------------------------------------------------------------------------------- sweep
 
@@ -192,14 +227,13 @@ class Manager:
             try:
                 result = lift(self._study, request.command)
             except AlreadyRunningError:
-                if name in self._running:
-                    _terminate(self._running[name])
+                self._evaluators.terminate(name)
             except (ContractError, UserError) as error:
                 log_change(_log, "request refused", level=logging.WARNING, id=request.id, reason=error)
                 self._requests.refuse(request, str(error))
             else:
                 log_change(_log, "request", kind="retry", id=request.id, trial=name, checkpoints=result["checkpoints"])
-                self._histories[name] = History()
+                self._evaluators.restarts.forget(name)
                 self._requests.accept(request, result)
 
     def _find_job(self) -> bool:
@@ -216,6 +250,12 @@ class Manager:
             if self._job is None:
                 self._write_state([], "waiting")
                 return False
+            self._lookout = Lookout(
+                self._study,
+                self._job.plan.digest(),
+                self._job.idle_timeout_s,
+                full_sweep_s=self._full_sweep_s,
+            )
             log_change(
                 _log, "plan", samples=self._job.plan.num_samples, device=self._job.device, dtype=self._job.plan.dtype
             )
@@ -225,89 +265,50 @@ class Manager:
         return True
 
     def _look(self) -> list[TrialView]:
-        assert self._job is not None
-        now_s, plan_hash = time.time(), self._job.plan.digest()
-        views = []
-        for trial in self._study.list_trials():
-            with contextlib.suppress(FileNotFoundError):  # somebody moved the folder away just now
-                views.append(look_at(trial, self._records.of(trial), plan_hash, now_s))
-        return views
+        """Return the trials about which there may be something to do."""
+        assert self._lookout is not None
+        return self._lookout.sweep(self._evaluators.names, self._see, self._say_moved)
 
-    def _reap(self, trials: list[TrialView]) -> None:
-        """Collect ended evaluators; one that failed is started again only after a while."""
-        for name, running in list(self._running.items()):
-            while running.messages.poll():
-                try:
-                    running.messages.recv_bytes()
-                except EOFError:
-                    break
-            if running.process.is_alive():
-                continue
-            running.process.join()
-            code = running.process.exitcode
-            assert code is not None
-            running.messages.close()
-            running.process.close()
-            del self._running[name]
-            history = self._histories[name]
-            history.last_exit, history.passed = code, True
-            history.failures = 0 if code == 0 or running.handled else history.failures + 1
-            history.not_before_s = time.monotonic() + back_off_s(history.failures)
-            level = logging.INFO if code == 0 or running.handled else logging.WARNING
-            log_change(
-                _log, "evaluator ended", level=level, trial=name, exit=code, retry_in_s=back_off_s(history.failures)
-            )
-            if self._once and code not in (0,) and not running.handled:
-                self._fail(name, code, history)
+    def _see(self, trial: TrialView) -> None:
+        self._service.keep_alive()
+        self._news.say(trial)
+        self._evaluators.note(trial)
+
+    def _say_moved(self, name: str) -> None:
+        """An evaluator at work in a folder that is no more would record into nothing."""
+        self._news.forget(name)
+        self._evaluators.terminate(name)
+        log_change(_log, "trial folder gone or replaced", level=logging.WARNING, trial=name)
 
     def _start_and_stop(self, trials: list[TrialView]) -> None:
         assert self._job is not None
         wanted = [
-            t for t in wanted_trials(trials, self._job.idle_timeout_s, once=self._once) if self._may_start(t.name)
-        ]
-        wanted = wanted[:MAX_EVALUATORS]
+            trial
+            for trial in wanted_trials(trials, self._job.idle_timeout_s, once=self._once)
+            if self._evaluators.may_start(trial.name)
+        ][: self._max_evaluators]
+        names = {trial.name for trial in wanted}
         for trial in trials:
-            idle = trial.name in self._running and not open_files(trial)
-            crowded_out = trial.name not in {t.name for t in wanted} and len(wanted) == MAX_EVALUATORS
-            if idle and crowded_out:
-                _terminate(self._running[trial.name])
+            crowded_out = trial.name not in names and len(wanted) == self._max_evaluators
+            if crowded_out and not open_files(trial):
+                self._evaluators.terminate(trial.name)
         for trial in wanted:
-            if trial.name not in self._running and len(self._running) < MAX_EVALUATORS and not self._service.stopping:
-                self._start(trial.name)
-
-    def _may_start(self, name: str) -> bool:
-        history = self._histories.setdefault(name, History())
-        if name in self._running:
-            return True
-        return not (self._once and history.passed) and time.monotonic() >= history.not_before_s
-
-    def _start(self, name: str) -> None:
-        ours, theirs = self._context.Pipe(duplex=False)
-        process = self._context.Process(
-            target=run_evaluator_process,
-            name=f"evaluator {name}",
-            args=(self._job, self._study.root / name, not self._once, self._histories[name].last_exit, theirs),
-        )
-        process.start()
-        theirs.close()
-        reach("manager.evaluator_started")
-        self._running[name] = RunningEvaluator(process, ours, datetime.now().astimezone())
-        watcher = threading.Thread(
-            target=wake_on_news, args=(ours, process.sentinel, self._service.wake), name=f"news of {name}", daemon=True
-        )
-        watcher.start()
-        log_change(_log, "evaluator started", trial=name, pid=process.pid)
+            running = self._evaluators.names
+            has_room = trial.name not in running and len(running) < self._max_evaluators
+            # asked again: with an open breaker one start leaves no room for the next
+            if has_room and not self._service.stopping and self._evaluators.may_start(trial.name):
+                self._evaluators.start(trial.name, self._job)
 
     def _is_done(self, trials: list[TrialView]) -> bool:
         assert self._job is not None
         if self._once:
-            return not [t for t in wanted_trials(trials, 0.0, once=True) if self._may_start(t.name)]
+            return not [t for t in wanted_trials(trials, 0.0, once=True) if self._evaluators.may_start(t.name)]
         if not self._exit_when_finished:
             return False
         over = all(is_over(trial, self._job.idle_timeout_s) and not open_files(trial) for trial in trials)
         run = read_run(self._study)
         if run is None:
-            return over and bool(trials)
+            return over and bool(self._lookout and self._lookout.names)
         # Whoever extends a finished study starts both daemons at once; the optimizer needs a while to say "running".
         self._saw_optimizer |= FileLock.is_held(self._study.optimizer_lock)
         waited = self._saw_optimizer or time.monotonic() - self._started_s >= OPTIMIZER_GRACE_S
@@ -322,78 +323,56 @@ class Manager:
             time.sleep(0.05)
         return not held
 
-    def _fail(self, name: str, code: int, history: History) -> None:
+    def _settle(self, ended: Sequence[Ended]) -> None:
         """With --once: a crash is a strike, so it is tried again; anything else ends the run with the same code."""
-        if code < 0 and history.failures < 4:
-            history.passed, history.not_before_s = False, 0.0
-            return
-        log = TrialLayout(self._study.root / name).evaluation_log
-        message = f"the evaluator of {name} ended with exit status {code}; {log} says why"
-        self.failure = {2: StudyMismatchError, 3: ContractError}.get(code, ResourceError)(message)
+        for evaluator in ended:
+            if not self._once or evaluator.code == 0 or evaluator.handled:
+                continue
+            history = self._evaluators.restarts.of(evaluator.name)
+            if evaluator.code < 0 and history.failures < 4:
+                history.passed, history.not_before_s = False, 0.0
+                continue
+            log = TrialLayout(self._study.root / evaluator.name).evaluation_log
+            message = f"the evaluator of {evaluator.name} ended with exit status {evaluator.code}; {log} says why"
+            self.failure = {2: StudyMismatchError, 3: ContractError}.get(evaluator.code, ResourceError)(message)
 
     # ------------------------------------------------------------------------------------------------- what people see
 
-    def _write_state(self, trials: list[TrialView], status: Literal["waiting", "running", "stopped"]) -> None:
-        by_name = {trial.name: trial for trial in trials}
-        waiting = [self._study.root / t.name / f"{f.name}.safetensors" for t in trials for f in open_files(t)]
-        quarantined = [(t.name, record) for t in trials for record in t.records if record.quarantine is not None]
+    def _write_state(self, trials: Sequence[TrialView], status: Literal["waiting", "running", "stopped"]) -> None:
+        """Write the state file when anything but the time has changed, and now and then as a sign of life."""
+        quarantined = [checkpoint for trial in trials for checkpoint in quarantined_in(trial)]
+        if self._lookout is not None:
+            quarantined += self._lookout.quarantined
         state = EvaluatorManagerState(
             status=status,
             host=os.uname().nodename,
             pid=os.getpid(),
             started=self._started,
-            heartbeat=datetime.now().astimezone(),
+            heartbeat=self._written.heartbeat if self._written else self._started,
             device=self._job.device if self._job else self._loaded.settings.device,
             gpu_policy="share",
-            waiting_checkpoints=sum(_is_complete(path) for path in waiting),
-            evaluators=tuple(_active(name, running, by_name.get(name)) for name, running in self._running.items()),
-            quarantine=tuple(_quarantined(name, record) for name, record in quarantined),
+            waiting_checkpoints=self._count_complete(trials),
+            evaluators=self._evaluators.active(trials),
+            quarantine=tuple(
+                sorted(quarantined, key=lambda checkpoint: (checkpoint.trial_name, checkpoint.checkpoint))
+            ),
         )
-        write_model(self._study.manager_state, state)
-        self._service.status(f"{len(self._running)} evaluators, {state.waiting_checkpoints} checkpoints waiting")
+        now_s = time.monotonic()
+        if state != self._written or now_s - self._written_s >= HEARTBEAT_S:
+            self._written = state.model_copy(update={"heartbeat": datetime.now().astimezone()})
+            self._written_s = now_s
+            write_model(self._study.manager_state, self._written)
+        self._service.status(f"{len(state.evaluators)} evaluators, {state.waiting_checkpoints} checkpoints waiting")
 
-
-class RecordCache:
-    """Each trial's records, read again only when their file has changed."""
-
-    def __init__(self) -> None:
-        self._known: dict[Path, tuple[tuple[int, int], tuple[CheckpointRecord, ...]]] = {}
-
-    def of(self, trial: TrialLayout) -> tuple[CheckpointRecord, ...]:
-        """Return the records; none where the evaluator has yet to write, or to rebuild, its state."""
-        path = trial.evaluations.state
-        try:
-            status = path.stat()
-        except FileNotFoundError:
-            return ()
-        stamp = (status.st_mtime_ns, status.st_ino)
-        if path not in self._known or self._known[path][0] != stamp:
-            state = read_or_none(path, EvaluationState)
-            self._known[path] = (stamp, state.checkpoints if state else ())
-        return self._known[path][1]
-
-
-def _terminate(running: RunningEvaluator) -> None:
-    if not running.handled:
-        running.handled = True
-        running.process.terminate()
-
-
-def _active(name: str, running: RunningEvaluator, trial: TrialView | None) -> ActiveEvaluator:
-    in_hand = next((r.checkpoint for r in (trial.records if trial else ()) if r.status == "evaluating"), None)
-    assert running.process.pid is not None
-    activity: Literal["evaluating", "waiting"] = "evaluating" if in_hand else "waiting"
-    return ActiveEvaluator(
-        trial_name=name, pid=running.process.pid, started=running.started, activity=activity, checkpoint=in_hand
-    )
-
-
-def _quarantined(trial: str, record: CheckpointRecord) -> QuarantinedCheckpoint:
-    assert record.quarantine is not None
-    found = record.quarantine
-    return QuarantinedCheckpoint(
-        trial_name=trial, checkpoint=record.checkpoint, code=found.code, reason=found.reason, since=found.since
-    )
+    def _count_complete(self, trials: Sequence[TrialView]) -> int:
+        """How many unsettled files are whole; what was found whole is not read again before it changes."""
+        files = {(trial.name, file.name, file.size, file.modified_ns) for trial in trials for file in open_files(trial)}
+        self._complete = {
+            file
+            for file in files
+            if file in self._complete or _is_complete(self._study.root / file[0] / f"{file[1]}.safetensors")
+        }
+        return len(self._complete)
 
 
 def _is_complete(path: Path) -> bool:

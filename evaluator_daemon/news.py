@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from array import array
 
 from evaluator_daemon.folder import read_or_none
 from evaluator_daemon.sweep import SETTLED, TrialView
@@ -22,13 +23,14 @@ class News:
 
     def __init__(self, study: StudyLayout) -> None:
         self._study = study
-        self._said: dict[str, set[tuple[str, str | None, str]]] = {}
+        # Eight bytes a verdict: thousands of finished trials are remembered.
+        self._said: dict[str, array[int]] = {}
 
     def say(self, trial: TrialView) -> None:
         """One line for each checkpoint that was recorded, quarantined or found truncated since the last sweep."""
         told = self._said.get(trial.name)
         news = {_verdict(record): record for record in trial.records if record.status in SETTLED}
-        self._said[trial.name] = set(news)
+        self._said[trial.name] = array("q", news)
         if told is None:
             log_change(_log, "trial seen", trial=trial.name, state=trial.state, checkpoints=len(trial.files))
             return
@@ -43,9 +45,13 @@ class News:
                 fields = {"trial": trial.name, "checkpoint": record.checkpoint, "reason": why}
                 log_change(_log, f"checkpoint {record.status}", level=logging.WARNING, **fields)
 
+    def forget(self, name: str) -> None:
+        """A trial of this name is a new one."""
+        self._said.pop(name, None)
 
-def _verdict(record: CheckpointRecord) -> tuple[str, str | None, str]:
-    return record.checkpoint, record.checkpoint_sha256, record.status
+
+def _verdict(record: CheckpointRecord) -> int:
+    return hash((record.checkpoint, record.checkpoint_sha256, record.status))
 
 
 def _say_recorded(trial: str, record: CheckpointRecord, metrics: Metrics | None) -> None:

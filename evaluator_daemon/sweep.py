@@ -141,6 +141,10 @@ def quarantine_code(record: CheckpointRecord, *, others_succeeded: bool) -> str 
     return None
 
 
-def back_off_s(failures: int) -> float:
-    """How long to wait before an evaluator that failed `failures` times in a row is started again: 2, 4, ... 300 s."""
-    return min(300.0, 2.0 ** min(failures, 9)) if failures else 0.0
+def back_off_s(failures: int, chance: float = 1.0) -> float:
+    """How long to wait before an evaluator that failed `failures` times in a row is started again: 2, 4, ... 300 s.
+
+    Args:
+        chance: in [0, 1); what failed together is tried again apart, after half the time to the whole.
+    """
+    return min(300.0, 2.0 ** min(failures, 9)) * (0.5 + 0.5 * chance) if failures else 0.0
