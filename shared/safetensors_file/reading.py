@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from shared.errors import CheckpointError
+from shared.errors import CheckpointError, ResourceError
 from shared.safetensors_file.header import MAX_FILE_BYTES, MAX_HEADER_BYTES, parse_header
 from shared.safetensors_file.lora import role_of
 from shared.safetensors_file.records import Checkpoint, Header, Stamp, Tensor
@@ -21,6 +21,18 @@ from shared.safetensors_file.refusals import incomplete, refused, shown
 from shared.safetensors_file.values import is_finite, is_zero
 
 _PREFIX_BYTES = 8  # the header's length, unsigned, little-endian
+
+
+def stamp_of(path: Path) -> Stamp:
+    """Look at a file without opening it; a symbolic link is looked at itself.
+
+    Raises:
+        IncompleteCheckpointError: gone, or the disk or the mount does not answer.
+    """
+    try:
+        return Stamp.of(path.lstat())
+    except OSError as error:
+        raise _explained(path, error) from error
 
 
 def read_header(path: Path, inside: Path) -> Header:
@@ -48,9 +60,15 @@ def read_checkpoint(path: Path, inside: Path) -> Checkpoint:
     Raises:
         IncompleteCheckpointError: cut short, changing, gone or unreadable; look again later.
         RefusedCheckpointError: never acceptable as it is.
+        ResourceError: there is no memory for it.
     """
     with _opened(path, inside) as (file, stamp):
-        raw = file.read(stamp.size)
+        try:
+            raw = file.read(stamp.size)
+        except MemoryError as error:
+            raise ResourceError(
+                f"{path}: no memory for its {stamp.size} bytes; close other programs, or remove the file"
+            ) from error
     header = _proven_header(path, stamp, raw, len(raw))
     data_hash = hashlib.sha256(memoryview(raw)[header.data_start :])
     _require_hash(path, header.metadata, data_hash.hexdigest())

@@ -87,7 +87,7 @@ def _duplicated(random: Random, victim: Victim) -> bytes:
 
 def _swapped(random: Random, victim: Victim) -> bytes:
     size = random.choice((1, 2, 16, 512, PAGE))
-    first, second = sorted(random.sample(range(0, len(victim.content) - size + 1), 2))
+    first, second = sorted(random.sample(range(len(victim.content) - size + 1), 2))
     content = _replaced(victim.content, first, victim.content[second : second + size])
     return _replaced(content, second, victim.content[first : first + size])
 
@@ -255,4 +255,4 @@ DAMAGES: dict[str, Damage] = {
 }
 
 REWRITTEN = {name for name in DAMAGES if name.startswith("header: ")}
-"""Headers that a program wrote anew. Some describe another LoRA, as well-formed as before: nothing in the file tells."""
+"""Headers that a program wrote anew. Some describe another LoRA, as well-formed: nothing in the file tells."""

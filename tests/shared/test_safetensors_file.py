@@ -161,11 +161,12 @@ def test_a_file_the_system_cannot_read_is_looked_at_again(tmp_path):
 @pytest.mark.parametrize(
     ("previous", "current", "stable"),
     [
-        pytest.param(None, Stamp(9, 1, 7), False, id="a first look is never stable"),
-        pytest.param(Stamp(9, 1, 7), Stamp(9, 1, 7), True, id="nothing changed"),
-        pytest.param(Stamp(8, 1, 7), Stamp(9, 1, 7), False, id="it grew"),
-        pytest.param(Stamp(9, 1, 7), Stamp(9, 2, 7), False, id="it was written again"),
-        pytest.param(Stamp(9, 1, 7), Stamp(9, 1, 8), False, id="another file took the name"),
+        pytest.param(None, Stamp(9, 1, 7, 4), False, id="a first look is never stable"),
+        pytest.param(Stamp(9, 1, 7, 4), Stamp(9, 1, 7, 4), True, id="nothing changed"),
+        pytest.param(Stamp(8, 1, 7, 4), Stamp(9, 1, 7, 4), False, id="it grew"),
+        pytest.param(Stamp(9, 1, 7, 4), Stamp(9, 2, 7, 4), False, id="it was written again"),
+        pytest.param(Stamp(9, 1, 7, 4), Stamp(9, 1, 8, 4), False, id="another file took the name"),
+        pytest.param(Stamp(9, 1, 7, 4), Stamp(9, 1, 7, 5), False, id="it was written and its time put back"),
     ],
 )
 def test_two_looks_decide_whether_a_file_is_stable(previous, current, stable):
