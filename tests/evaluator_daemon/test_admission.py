@@ -281,10 +281,6 @@ def a_link(path: Path) -> None:
     path.symlink_to(saved(path.with_name("real"), lora(1)))
 
 
-def without_permission(path: Path) -> None:
-    saved(path, lora(1)).chmod(0)
-
-
 def all_holes(path: Path) -> None:
     content = lora(1)
     start = 8 + int.from_bytes(content[:8], "little")
@@ -315,13 +311,6 @@ def test_whatever_stands_at_the_name_gets_its_code(tmp_path, make, code):
     with pytest.raises(CheckpointError) as caught:
         admit(tmp_path / "a.safetensors", tmp_path)
     assert caught.value.code == code
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission_waits(tmp_path):
-    without_permission(tmp_path / "a.safetensors")
-    with pytest.raises(IncompleteCheckpointError, match="let this user read it"):
-        admit(tmp_path / "a.safetensors", tmp_path)
 
 
 def test_a_hard_link_and_a_linked_trial_folder_are_fine(tmp_path):
