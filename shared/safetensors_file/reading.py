@@ -71,7 +71,7 @@ def read_checkpoint(path: Path, inside: Path) -> Checkpoint:
             ) from error
     header = _proven_header(path, stamp, raw, len(raw))
     data_hash = hashlib.sha256(memoryview(raw)[header.data_start :])
-    _require_hash(path, header.metadata, data_hash.hexdigest())
+    _require_hash(header, data_hash.hexdigest())
     _require_finite(header, raw)
     _require_nonzero(header, raw)
     return Checkpoint(
@@ -165,19 +165,35 @@ def _proven_header(path: Path, stamp: Stamp, head: bytes, size: int) -> Header:
     return Header(path, stamp, data_start, tensors, metadata)
 
 
-def _require_hash(path: Path, metadata: Mapping[str, str], actual: str) -> None:
+def _require_hash(header: Header, actual: str) -> None:
     """kohya-ss/sd-scripts writes SHA-256 of the data section, in hexadecimal (`addnet_hash_safetensors`).
 
-    It hashes a serialisation with reduced metadata, but metadata lies in the header, outside the data section.
+    It hashes a serialisation with reduced metadata, but metadata lies in the header, outside the data section. What the
+    hash does not cover, which name stands for which data, shows by the order: who promises it saves by the safetensors
+    library, which stores the tensors of one dtype together, by name.
     """
-    promised = metadata.get("sshs_model_hash")
-    if promised is not None and promised.lower() != actual:
+    promised = header.metadata.get("sshs_model_hash")
+    if promised is None:
+        return
+    if promised.lower() != actual:
         raise refused(
-            path,
+            header.path,
             "hash_mismatch",
             f"its data has SHA-256 {actual[:12]}..., but sshs_model_hash says {promised[:12]!r}; "
             "save it again, or drop that field after a conversion",
         )
+    seen: dict[str, str] = {}
+    dtype = None
+    for name, tensor in header.tensors.items():
+        if tensor.dtype in seen and (tensor.dtype != dtype or name < seen[tensor.dtype]):
+            raise refused(
+                header.path,
+                "hash_mismatch",
+                f"tensor {shown(name)} is not where the writer of sshs_model_hash stores it, behind "
+                f"{shown(seen[tensor.dtype])}; save it again, or drop that field after a conversion",
+            )
+        dtype = tensor.dtype
+        seen[dtype] = name
 
 
 def _require_finite(header: Header, raw: bytes) -> None:

@@ -280,6 +280,28 @@ def test_a_promised_hash_must_be_the_datas(tmp_path, promised, accepted):
         assert refusal_of(path, tmp_path) == "hash_mismatch"
 
 
+A, B = ("F16", [2], HALVES), ("F32", [1], bytes(3) + b"\x3f")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "accepted"),
+    [
+        pytest.param({"b": B, "a": A, "c": A}, True, id="as the library stores them"),
+        pytest.param({"a": A, "c": A, "b": B}, True, id="another order of the dtypes, as other versions may have it"),
+        pytest.param({"b": B, "c": A, "a": A}, False, id="two names have changed places"),
+        pytest.param({"a": A, "b": B, "c": A}, False, id="one dtype in two places"),
+    ],
+)
+def test_where_a_hash_is_promised_names_stand_in_the_order_of_its_writers(tmp_path, tensors, accepted):
+    digest = hashlib.sha256(b"".join(data for _, _, data in tensors.values())).hexdigest()
+    path = saved(tmp_path / "a.safetensors", file_with(tensors, {"sshs_model_hash": digest}))
+    assert read_checkpoint(saved(tmp_path / "b.safetensors", file_with(tensors)), tmp_path), "nothing is promised"
+    if accepted:
+        assert list(read_checkpoint(path, tmp_path).tensors) == list(tensors)
+    else:
+        assert refusal_of(path, tmp_path) == "hash_mismatch"
+
+
 # --- the codes -----------------------------------------------------------------------------------------------------
 
 
