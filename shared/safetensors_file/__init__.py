@@ -19,7 +19,7 @@ The file is never memory-mapped: truncating a mapped file kills the reader with 
 
 from shared.safetensors_file.header import MAX_FILE_BYTES
 from shared.safetensors_file.lora import Family, LoraLayout, LoraModule, lora_modules, lora_ranks
-from shared.safetensors_file.reading import read_checkpoint, read_header
+from shared.safetensors_file.reading import read_checkpoint, read_header, stamp_of
 from shared.safetensors_file.records import Checkpoint, Header, Stamp, Tensor, is_stable
 from shared.safetensors_file.refusals import CODES, INCOMPLETE_CODES, REFUSED_CODES
 
@@ -40,4 +40,5 @@ __all__ = [
     "lora_ranks",
     "read_checkpoint",
     "read_header",
+    "stamp_of",
 ]

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from shared.errors import CheckpointError
+from shared.errors import CheckpointError, ResourceError
 from shared.safetensors_file.header import MAX_FILE_BYTES, MAX_HEADER_BYTES, parse_header
 from shared.safetensors_file.lora import role_of
 from shared.safetensors_file.records import Checkpoint, Header, Stamp, Tensor
@@ -21,6 +21,18 @@ from shared.safetensors_file.refusals import incomplete, refused, shown
 from shared.safetensors_file.values import is_finite, is_zero
 
 _PREFIX_BYTES = 8  # the header's length, unsigned, little-endian
+
+
+def stamp_of(path: Path) -> Stamp:
+    """Look at a file without opening it; a symbolic link is looked at itself.
+
+    Raises:
+        IncompleteCheckpointError: gone, or the disk or the mount does not answer.
+    """
+    try:
+        return Stamp.of(path.lstat())
+    except OSError as error:
+        raise _explained(path, error) from error
 
 
 def read_header(path: Path, inside: Path) -> Header:
@@ -48,12 +60,18 @@ def read_checkpoint(path: Path, inside: Path) -> Checkpoint:
     Raises:
         IncompleteCheckpointError: cut short, changing, gone or unreadable; look again later.
         RefusedCheckpointError: never acceptable as it is.
+        ResourceError: there is no memory for it.
     """
     with _opened(path, inside) as (file, stamp):
-        raw = file.read(stamp.size)
+        try:
+            raw = file.read(stamp.size)
+        except MemoryError as error:
+            raise ResourceError(
+                f"{path}: no memory for its {stamp.size} bytes; close other programs, or remove the file"
+            ) from error
     header = _proven_header(path, stamp, raw, len(raw))
     data_hash = hashlib.sha256(memoryview(raw)[header.data_start :])
-    _require_hash(path, header.metadata, data_hash.hexdigest())
+    _require_hash(header, data_hash.hexdigest())
     _require_finite(header, raw)
     _require_nonzero(header, raw)
     return Checkpoint(
@@ -147,19 +165,35 @@ def _proven_header(path: Path, stamp: Stamp, head: bytes, size: int) -> Header:
     return Header(path, stamp, data_start, tensors, metadata)
 
 
-def _require_hash(path: Path, metadata: Mapping[str, str], actual: str) -> None:
+def _require_hash(header: Header, actual: str) -> None:
     """kohya-ss/sd-scripts writes SHA-256 of the data section, in hexadecimal (`addnet_hash_safetensors`).
 
-    It hashes a serialisation with reduced metadata, but metadata lies in the header, outside the data section.
+    It hashes a serialisation with reduced metadata, but metadata lies in the header, outside the data section. What the
+    hash does not cover, which name stands for which data, shows by the order: who promises it saves by the safetensors
+    library, which stores the tensors of one dtype together, by name.
     """
-    promised = metadata.get("sshs_model_hash")
-    if promised is not None and promised.lower() != actual:
+    promised = header.metadata.get("sshs_model_hash")
+    if promised is None:
+        return
+    if promised.lower() != actual:
         raise refused(
-            path,
+            header.path,
             "hash_mismatch",
             f"its data has SHA-256 {actual[:12]}..., but sshs_model_hash says {promised[:12]!r}; "
             "save it again, or drop that field after a conversion",
         )
+    seen: dict[str, str] = {}
+    dtype = None
+    for name, tensor in header.tensors.items():
+        if tensor.dtype in seen and (tensor.dtype != dtype or name < seen[tensor.dtype]):
+            raise refused(
+                header.path,
+                "hash_mismatch",
+                f"tensor {shown(name)} is not where the writer of sshs_model_hash stores it, behind "
+                f"{shown(seen[tensor.dtype])}; save it again, or drop that field after a conversion",
+            )
+        dtype = tensor.dtype
+        seen[dtype] = name
 
 
 def _require_finite(header: Header, raw: bytes) -> None:

@@ -10,16 +10,21 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """The cheap identity of a file's bytes at one look."""
+    """The cheap identity of a file's bytes at one look.
+
+    The change time is in it because nobody can set it: a copy tool that rewrites a file in place and then puts the old
+    modification time back changes nothing else.
+    """
 
     size: int  # bytes
     mtime_ns: int
     inode: int
+    ctime_ns: int
 
     @classmethod
     def of(cls, status: os.stat_result) -> Stamp:
         """Return the stamp of a file from its stat or fstat result."""
-        return cls(size=status.st_size, mtime_ns=status.st_mtime_ns, inode=status.st_ino)
+        return cls(size=status.st_size, mtime_ns=status.st_mtime_ns, inode=status.st_ino, ctime_ns=status.st_ctime_ns)
 
 
 def is_stable(previous: Stamp | None, current: Stamp) -> bool:

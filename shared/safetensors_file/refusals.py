@@ -39,7 +39,7 @@ REFUSED_CODES: Mapping[str, str] = MappingProxyType(
         "overlap": "two tensors share bytes",
         "hole": "bytes between tensors belong to none",
         "trailing_bytes": "the file is longer than its header promises",
-        "hash_mismatch": "the data is not what sshs_model_hash in the metadata says",
+        "hash_mismatch": "the data is not what sshs_model_hash in the metadata says, or not stored as its writers do",
         "not_finite": "a tensor holds NaN or Inf",
         "all_zero": "the weights are zero, so the images would be the base model's",
         "not_a_lora": "no tensor has the name of a LoRA weight",

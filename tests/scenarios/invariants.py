@@ -48,14 +48,27 @@ def violations(study: StudyLayout, *, finished: int | None = None) -> list[str]:
     return found
 
 
-def _files(study: StudyLayout) -> Iterator[str]:
+def evaluation_violations(study: StudyLayout) -> list[str]:
+    """The same of a folder that only the evaluator daemon and trainers have worked in: there is no database."""
+    if found := [*_files(study), *_locks(study)]:
+        return found
+    return [f"{trial.name}: {sentence}" for trial in study.list_trials() for sentence in _evaluations(study, trial)]
+
+
+def unreadable_files(study: StudyLayout) -> list[str]:
+    """What is broken among the files as they are in the middle of anything; temporary ones may be there."""
+    return list(_files(study, at_rest=False))
+
+
+def _files(study: StudyLayout, *, at_rest: bool = True) -> Iterator[str]:
     """Every file is known to the contract, readable, and none is left over from a writer that was killed."""
     for path in sorted(study.root.rglob("*")):
         relative = PurePosixPath(path.relative_to(study.root).as_posix())
         if CORRUPT_MARK in path.name:
             yield f"{relative}: was unreadable and set aside"
         elif TEMPORARY_MARK in path.name:
-            yield f"{relative}: a temporary file is left"
+            if at_rest:
+                yield f"{relative}: a temporary file is left"
         elif path.is_file():
             try:
                 writer_of(relative)

@@ -161,11 +161,12 @@ def test_a_file_the_system_cannot_read_is_looked_at_again(tmp_path):
 @pytest.mark.parametrize(
     ("previous", "current", "stable"),
     [
-        pytest.param(None, Stamp(9, 1, 7), False, id="a first look is never stable"),
-        pytest.param(Stamp(9, 1, 7), Stamp(9, 1, 7), True, id="nothing changed"),
-        pytest.param(Stamp(8, 1, 7), Stamp(9, 1, 7), False, id="it grew"),
-        pytest.param(Stamp(9, 1, 7), Stamp(9, 2, 7), False, id="it was written again"),
-        pytest.param(Stamp(9, 1, 7), Stamp(9, 1, 8), False, id="another file took the name"),
+        pytest.param(None, Stamp(9, 1, 7, 4), False, id="a first look is never stable"),
+        pytest.param(Stamp(9, 1, 7, 4), Stamp(9, 1, 7, 4), True, id="nothing changed"),
+        pytest.param(Stamp(8, 1, 7, 4), Stamp(9, 1, 7, 4), False, id="it grew"),
+        pytest.param(Stamp(9, 1, 7, 4), Stamp(9, 2, 7, 4), False, id="it was written again"),
+        pytest.param(Stamp(9, 1, 7, 4), Stamp(9, 1, 8, 4), False, id="another file took the name"),
+        pytest.param(Stamp(9, 1, 7, 4), Stamp(9, 1, 7, 5), False, id="it was written and its time put back"),
     ],
 )
 def test_two_looks_decide_whether_a_file_is_stable(previous, current, stable):
@@ -275,6 +276,28 @@ def test_a_promised_hash_must_be_the_datas(tmp_path, promised, accepted):
     path = saved(tmp_path / "a.safetensors", file)
     if accepted:
         assert data_section(read_checkpoint(path, tmp_path).raw) == HALVES
+    else:
+        assert refusal_of(path, tmp_path) == "hash_mismatch"
+
+
+A, B = ("F16", [2], HALVES), ("F32", [1], bytes(3) + b"\x3f")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "accepted"),
+    [
+        pytest.param({"b": B, "a": A, "c": A}, True, id="as the library stores them"),
+        pytest.param({"a": A, "c": A, "b": B}, True, id="another order of the dtypes, as other versions may have it"),
+        pytest.param({"b": B, "c": A, "a": A}, False, id="two names have changed places"),
+        pytest.param({"a": A, "b": B, "c": A}, False, id="one dtype in two places"),
+    ],
+)
+def test_where_a_hash_is_promised_names_stand_in_the_order_of_its_writers(tmp_path, tensors, accepted):
+    digest = hashlib.sha256(b"".join(data for _, _, data in tensors.values())).hexdigest()
+    path = saved(tmp_path / "a.safetensors", file_with(tensors, {"sshs_model_hash": digest}))
+    assert read_checkpoint(saved(tmp_path / "b.safetensors", file_with(tensors)), tmp_path), "nothing is promised"
+    if accepted:
+        assert list(read_checkpoint(path, tmp_path).tensors) == list(tensors)
     else:
         assert refusal_of(path, tmp_path) == "hash_mismatch"
 
