@@ -25,9 +25,7 @@ class Family(StrEnum):
     """Who names tensors like this."""
 
     KOHYA = "kohya"  # lora_unet_..., lora_te_..., with lora_down / lora_up / alpha
-    DIFFUSERS = (
-        "diffusers"  # the model's names: unet. ..., text_encoder. ..., with lora_A / lora_B or older ends
-    )
+    DIFFUSERS = "diffusers"  # the model's names: unet. ..., text_encoder. ..., with lora_A / lora_B or older ends
 
 
 _ROLES: dict[str, Role] = {
