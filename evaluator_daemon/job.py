@@ -87,6 +87,7 @@ def find_job(loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout) -> J
         prompts=read_prompt_file(settings.prompts),
         device=settings.device,
         num_samples=settings.num_samples,
+        lora_scale=settings.lora_scale,
         clip_model=settings.clip_model,
     )
     threads = max(1, (os.cpu_count() or 1) // 2)
@@ -103,8 +104,10 @@ def read_run(study: StudyLayout) -> Run | None:
 
 def _job_of_study(loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout, run: Run, plan: EvaluationPlan) -> Job:
     settings = loaded.settings
-    if loaded.origins["num_samples"] != "default" and settings.num_samples != plan.num_samples:
-        raise _differs(loaded.origins["num_samples"], settings.num_samples, plan.num_samples)
+    for name in ("num_samples", "lora_scale"):
+        here, there = getattr(settings, name), getattr(plan, name)
+        if loaded.origins[name] != "default" and here != there:
+            raise _differs(loaded.origins[name], here, there)
     if settings.prompts is not None and (prompts := read_prompt_file(settings.prompts)) != plan.prompts:
         raise _differs(loaded.origins["prompts"], list(prompts), list(plan.prompts))
     base_model = settings.base_model or (Path(run.base_model) if run.base_model else None)

@@ -23,6 +23,11 @@ class EvaluatorSettings(DaemonSettings):
     prompts: Path | None = Field(None, description="prompt file, one prompt a line (default: the study's)")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     num_samples: int = Field(8, ge=1, description="pictures per checkpoint")
+    lora_scale: float = Field(
+        1.0,
+        allow_inf_nan=False,
+        description="strength the LoRA is applied with; 1 is as trained",
+    )
     check_interval: float = Field(30.0, gt=0, description="seconds until a new trial is seen at the latest")
     evaluator_check_interval: float = Field(
         30.0, gt=0, description="seconds until a live evaluator sees a new checkpoint at the latest"

@@ -40,6 +40,9 @@ class OptimizerSettings(DaemonSettings):
     seed: int = Field(42, ge=0, lt=2**63, description="seed of the search and of every trial's draw")
     save_every_n_epochs: int = Field(2, ge=1, description="epochs between two checkpoints")
     num_samples: int = Field(8, ge=1, description="pictures per checkpoint")
+    lora_scale: float = Field(
+        1.0, allow_inf_nan=False, description="strength the LoRA is applied with in the pictures; 1 is as trained"
+    )
     prompts: Path | None = Field(
         None, description="prompt file, one prompt a line (default: drawn from the data set's captions)"
     )

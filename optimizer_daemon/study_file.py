@@ -169,6 +169,7 @@ def _made(settings: OptimizerSettings, study: StudyLayout, shown: Shown, now: da
         prompts=prompts,
         device=settings.device,
         num_samples=settings.num_samples,
+        lora_scale=settings.lora_scale,
         steps=settings.render_steps,
         cfg_scale=settings.cfg_scale,
         clip_model=settings.clip_model,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from shared.errors import CheckpointError, SettingsError
 from shared.safetensors_file import read_header
 
-_PIPELINE = "StableDiffusionPipeline"
 _COMPONENTS = {  # component -> the file that says what it is
     "unet": "config.json",
     "vae": "config.json",
@@ -18,7 +18,13 @@ _COMPONENTS = {  # component -> the file that says what it is
     "tokenizer": "tokenizer_config.json",
     "scheduler": "scheduler_config.json",
 }
-_WITH_WEIGHTS = ("unet", "vae", "text_encoder")
+_PIPELINES = {
+    "StableDiffusionPipeline": _COMPONENTS,
+    "StableDiffusionXLPipeline": _COMPONENTS
+    | {"text_encoder_2": "config.json", "tokenizer_2": "tokenizer_config.json"},
+}
+_FAMILIES = {"StableDiffusionPipeline": "Stable Diffusion 1.x", "StableDiffusionXLPipeline": "SDXL"}
+_WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _NOT_RENDERING = {"safety_checker", "feature_extractor", "image_encoder"}
 
 
@@ -44,9 +50,13 @@ def digest_model(folder: Path, *, setting: str = "--base-model") -> str:
     return digest.hexdigest()
 
 
-def require_base_model(folder: Path, *, setting: str = "--base-model") -> None:
-    """Refuse what is no whole Stable Diffusion 1.x or 2.x pipeline; only its small files and headers are read.
+def require_base_model(
+    folder: Path, *, setting: str = "--base-model", pipelines: Collection[str] = tuple(_PIPELINES)
+) -> None:
+    """Refuse what is no whole Stable Diffusion 1.x, 2.x or SDXL pipeline; only its small files and headers are read.
 
+    Args:
+        pipelines: the classes that will do here.
     Raises:
         SettingsError: a single file, no diffusers folder, another family, or a part that is missing or cut short.
     """
@@ -57,14 +67,17 @@ def require_base_model(folder: Path, *, setting: str = "--base-model") -> None:
     index = folder / "model_index.json"
     if not index.is_file():
         raise SettingsError(setting, str(folder), "name a diffusers folder; it holds model_index.json")
-    pipeline = _read_json(index, setting).get("_class_name")
-    if pipeline != _PIPELINE:
-        raise SettingsError(setting, str(folder), f"it is a {pipeline}; name a {_PIPELINE} (Stable Diffusion 1.x)")
-    missing = [f"{part}/{file}" for part, file in _COMPONENTS.items() if not (folder / part / file).is_file()]
+    pipeline = str(_read_json(index, setting).get("_class_name"))
+    if pipeline not in pipelines:
+        named = " or a ".join(f"{name} ({_FAMILIES[name]})" for name in pipelines)
+        raise SettingsError(setting, str(folder), f"it is a {pipeline}; name a {named}")
+    components = _PIPELINES[pipeline]
+    missing = [f"{part}/{file}" for part, file in components.items() if not (folder / part / file).is_file()]
     if missing:
         raise SettingsError(setting, str(folder), f"it lacks {', '.join(missing)}; copy the whole model")
     for part in _WITH_WEIGHTS:
-        _require_weights(folder / part, setting)
+        if part in components:
+            _require_weights(folder / part, setting)
 
 
 def require_clip_model(folder: Path, *, setting: str = "--clip-model") -> None:

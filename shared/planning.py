@@ -28,6 +28,7 @@ def make_plan(
     steps: int = STEPS,
     cfg_scale: float = CFG_SCALE,
     clip_skip: int = 1,
+    lora_scale: float = 1.0,
     base_seed: int = BASE_SEED,
     clip_model: Path | None = None,
     metrics: Sequence[str] = METRIC_SOURCES,
@@ -38,6 +39,7 @@ def make_plan(
         base_model: diffusers folder.
         device: decides the number format only; "auto", "cpu", "cuda" or "cuda:N".
         clip_skip: the training's, 1 for the text encoder's last layer.
+        lora_scale: strength the LoRA is applied with; 1 is as trained.
         clip_model: local CLIP folder, None to do without CLIP consistency.
         metrics: what is measured, from `parse_metrics`.
     Raises:
@@ -57,7 +59,7 @@ def make_plan(
         clip_skip=clip_skip,
         base_digest=digest_model(base_model),
         vae_digest=None,
-        lora_scale=1.0,
+        lora_scale=lora_scale,
         dtype=default_dtype(device),
         batch_size=num_samples,
         scoring=combined_preset(clip_model, metrics),

@@ -38,7 +38,7 @@ class NativeTrainer:
         Raises:
             UserError: something of it will not do.
         """
-        require_base_model(base_model)
+        require_base_model(base_model, pipelines=("StableDiffusionPipeline",))  # SDXL is rendered, not trained yet
         base = inspect_base_model(base_model, setting="--base-model")
         # By name: only this check needs the imaging library, the plans do not.
         dataset: Any = importlib.import_module("optimizer_daemon.lora_training.dataset")

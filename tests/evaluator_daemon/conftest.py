@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.evaluator_daemon.tiny_models import save_base_model, save_clip
+from tests.evaluator_daemon.tiny_models import save_base_model, save_clip, save_sdxl_model
 
 
 @pytest.fixture(scope="session")
 def base_model(tmp_path_factory) -> Path:
     return save_base_model(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="session")
+def sdxl_model(tmp_path_factory) -> Path:
+    return save_sdxl_model(tmp_path_factory.mktemp("models") / "sdxl")
 
 
 @pytest.fixture(scope="session")

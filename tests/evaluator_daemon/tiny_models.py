@@ -83,6 +83,58 @@ def save_base_model(folder: Path) -> Path:
     return folder
 
 
+def save_sdxl_model(folder: Path) -> Path:
+    """An SDXL folder that renders 16 x 16 px noise: two text encoders, linear projections, pooled text and sizes."""
+    import torch
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    torch.manual_seed(2)
+    for name in ("tokenizer", "tokenizer_2"):
+        save_tokenizer(folder / name)
+    blocks = (16, 16)
+    size_width = 8
+    pipeline = StableDiffusionXLPipeline(
+        vae=AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=blocks,
+            layers_per_block=1,
+            norm_num_groups=4,
+            sample_size=16,
+            scaling_factor=0.13025,
+            force_upcast=True,
+        ),
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=blocks,
+            layers_per_block=2,
+            transformer_layers_per_block=(1, 2),
+            cross_attention_dim=2 * WIDTH,
+            attention_head_dim=(1, 2),
+            norm_num_groups=4,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=size_width,
+            projection_class_embeddings_input_dim=WIDTH + 6 * size_width,
+        ),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text_config(folder / "tokenizer"))),
+        text_encoder_2=CLIPTextModelWithProjection(
+            CLIPTextConfig(**{**text_config(folder / "tokenizer_2"), "num_hidden_layers": 3, "hidden_act": "gelu"})
+        ),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        tokenizer_2=CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+        ),
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 def save_clip(folder: Path) -> Path:
     """A CLIP with image processor and tokenizer beside it."""
     import torch

@@ -53,6 +53,18 @@ def model(flag: str, source: Path, change: Callable[[Path], object], name: str =
     return spoil
 
 
+def base_model_of(pipeline: str) -> Spoil:
+    """The evaluator alone, on a base model whose index names this pipeline."""
+
+    def spoil(world: World) -> list[str]:
+        world.study.mkdir()
+        (world.folder / "p.txt").write_text("a ball")
+        in_json("model_index.json", _class_name=pipeline)(folder := world.model(BASE_MODEL))
+        return world.evaluator("--base-model", folder, "--prompts", world.folder / "p.txt")
+
+    return spoil
+
+
 def in_json(file: str, **changes: object) -> Callable[[Path], object]:
     def change(folder: Path) -> None:
         document = json.loads((folder / file).read_text())
@@ -566,16 +578,19 @@ EVALUATOR = [
         after(lambda w: w.study.mkdir(), World.evaluator),
     ),
     Case(
-        "evaluator: SDXL",
-        ("--base-model", "StableDiffusionXLPipeline"),
-        after(
-            lambda w: (
-                w.study.mkdir(),
-                (w.folder / "p.txt").write_text("a ball"),
-                in_json("model_index.json", _class_name="StableDiffusionXLPipeline")(w.model(BASE_MODEL)),
-            ),
-            lambda w: w.evaluator("--base-model", w.folder / "model", "--prompts", w.folder / "p.txt"),
-        ),
+        "evaluator: a family that is not rendered",
+        ("--base-model", "FluxPipeline", "name a StableDiffusionPipeline", "StableDiffusionXLPipeline (SDXL)"),
+        base_model_of("FluxPipeline"),
+    ),
+    Case(
+        "evaluator: SDXL without its second text encoder",
+        ("--base-model", "lacks text_encoder_2/config.json, tokenizer_2/tokenizer_config.json; copy the whole model"),
+        base_model_of("StableDiffusionXLPipeline"),
+    ),
+    Case(
+        "evaluator: a strength that is no number",
+        ("--lora-scale: 'nan'", "finite number"),
+        lambda world: world.evaluator("--lora-scale", "nan"),
     ),
     Case(
         "evaluator: a trial that is none",
@@ -589,6 +604,11 @@ EVALUATOR = [
     ),
 ]
 EVALUATOR_OF_STUDY = [
+    Case(
+        "evaluator: another strength",
+        ("--lora-scale is 0.5, but the study's run.json has 1.0", "leave the flag out"),
+        lambda world: world.evaluator("--lora-scale", 0.5),
+    ),
     Case(
         "evaluator: other pictures",
         ("--num-samples is 3, but the study's run.json has 2", "leave the flag out"),

@@ -68,6 +68,16 @@ def test_a_real_lora_gives_every_module_with_rank_and_alpha(tmp_path):
             id="diffusers' names",
         ),
         pytest.param(
+            {"unet.a.lora.down.weight": weight(4, 8), "unet.a.lora.up.weight": weight(8, 4)}
+            | {"text_encoder.b.lora_linear_layer.down.weight": weight(2, 8)}
+            | {"text_encoder.b.lora_linear_layer.up.weight": weight(8, 2)}
+            | {"unet.c.processor.to_q_lora.down.weight": weight(1, 8)}
+            | {"unet.c.processor.to_q_lora.up.weight": weight(8, 1)},
+            Family.DIFFUSERS,
+            [("text_encoder.b", 2, None), ("unet.a", 4, None), ("unet.c.processor.to_q_lora", 1, None)],
+            id="diffusers' names before peft",
+        ),
+        pytest.param(
             peft_pair("base_model.model.model.layers.0.self_attn.q_proj"),
             Family.DIFFUSERS,
             [("base_model.model.model.layers.0.self_attn.q_proj", 4, None)],
@@ -99,6 +109,10 @@ REFUSED = {
     "a LoRA's key with a tail": ("unknown_key", UNET | {"lora_unet_a.alpha.old": alpha(1)}),
     "a text inversion beside it": ("unknown_key", UNET | {"emb_params": weight(2, 8)}),
     "kohya's and diffusers' names": ("mixed_families", UNET | peft_pair("unet.a")),
+    "diffusers' plain down and up": (
+        "not_a_lora",
+        {"unet.a.down.weight": weight(4, 8), "unet.a.up.weight": weight(8, 4)},
+    ),
     "a down without its up": ("half_pair", UNET | {"lora_unet_b.lora_down.weight": weight(4, 8)}),
     "an up without its down": ("half_pair", UNET | {"lora_unet_b.lora_up.weight": weight(8, 4)}),
     "an alpha for one module of two": ("half_pair", UNET | pair("lora_unet_b") | {"lora_unet_b.alpha": alpha(1)}),
@@ -159,7 +173,10 @@ def test_a_file_without_any_alpha(tmp_path, metadata, code):
         pytest.param(
             '{"unet.lora_alpha": 4, "unet.alpha_pattern": {}, "unet.use_dora": false}', 4.0, id="patterns empty"
         ),
-        pytest.param('{"unet.lora_alpha": 4, "unet.alpha_pattern": {"to_q": 2}}', "lora_alpha", id="layers apart"),
+        pytest.param('{"unet.lora_alpha": 4, "unet.alpha_pattern": {"b": 2, "a": 3}}', 3.0, id="layers apart"),
+        pytest.param('{"unet.lora_alpha": 4, "unet.alpha_pattern": {"xa": 2}}', 4.0, id="another layer's end"),
+        pytest.param('{"unet.lora_alpha": 4, "unet.alpha_pattern": {"a.*": 2}}', "lora_alpha", id="an expression"),
+        pytest.param('{"unet.lora_alpha": 4, "unet.alpha_pattern": {"a": 0}}', "lora_alpha", id="an alpha of zero"),
         pytest.param(
             '{"unet.lora_alpha": 4, "unet.use_rslora": true}', "lora_alpha", id="another scale than alpha/rank"
         ),
