@@ -39,8 +39,12 @@ PLAIN_WIDTH = 120
 PLAIN_TRIALS = 40
 """How many trials plain text shows; --json has them all."""
 
-_WIDE = 100  # columns; a narrower terminal does without the parameters and the seconds per step
-_CURVE_WIDTH = 16
+_COLUMNS = (  # from this width on, the columns shown, and how many characters a curve has
+    (100, ("trial", "state", "epochs", "scored", "curve", "best", "gate", "s/it", "left", "parameters"), 16),
+    (72, ("trial", "state", "epochs", "scored", "curve", "best", "gate", "left"), 10),
+    (0, ("trial", "state", "curve", "best"), 8),
+)
+_RIGHT = ("trial", "epochs", "scored", "s/it", "left")
 _HIGH = 20  # lines; a lower terminal cuts what a higher one wraps
 _WRAPPED_LINES = 2  # of a long line, and of unreadable files; plain text holds all of it
 
@@ -230,26 +234,25 @@ def _any_score(overview: Overview) -> bool:
 
 
 def _table(overview: Overview, width: int, rows: int, marks: Marks) -> Table:
+    columns, curve_width = next((names, curve) for least, names, curve in _COLUMNS if width >= least)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", expand=False)
-    columns = ["trial", "state", "epochs", "scored", "curve", "best", "gate", *(["s/it"] if width >= _WIDE else [])]
-    columns += ["left", *(["parameters"] if width >= _WIDE else [])]
     for name in columns:
-        right = name in ("trial", "epochs", "scored", "s/it", "left")
+        right = name in _RIGHT
         table.add_column(name, no_wrap=True, overflow="ellipsis", justify="right" if right else "left")
     for trial in overview.trials[:rows]:
-        cells = _cells(trial, overview, marks)
+        cells = _cells(trial, overview, marks, curve_width)
         table.add_row(*(cells[name] for name in columns))
     return table
 
 
-def _cells(trial: TrialOverview, overview: Overview, marks: Marks) -> dict[str, Text]:
+def _cells(trial: TrialOverview, overview: Overview, marks: Marks, curve_width: int) -> dict[str, Text]:
     # a curve on which nothing passed its gate still has a lowest point, shown as such
     best = trial.best or best_point((_without_gate(trial)), overview.objective)
     curve = sparkline(
         trial.curve,
         trial.best,
         overview.objective,
-        _CURVE_WIDTH,
+        curve_width,
         marks.bars,
         best_mark=marks.best,
         failed_mark=marks.failed,
@@ -376,7 +379,7 @@ def _screen(stream: TextIO) -> Iterator[Live]:
     except OSError:
         if not _is_gone(stream):
             raise
-        raise Stopped(signal.SIGHUP) from None  # the window was closed
+        raise Stopped(signal.SIGTERM) from None  # the window was closed
 
 
 def _is_gone(stream: TextIO) -> bool:

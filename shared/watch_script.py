@@ -19,7 +19,7 @@ python={python}
 program={program}
 study=$(dirname -- "$(readlink -f -- "${{BASH_SOURCE[0]}}")")
 if [ ! -x "$python" ]; then
-    echo "error: $python, which wrote this script, is gone; run either daemon on $study again, or" \\
+    echo "error: $python, which wrote this script, is gone; run optimizer-daemon on $study again, or" \\
         "evaluator-daemon watch --optimization-dir $study" >&2
     exit 4
 fi

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from shared.files import write_model
+from pydantic import BaseModel
+
+from shared.files import to_bytes
 from shared.layout import StudyLayout, TrialLayout
 from shared.schemas import (
     TERMINAL_STATES,
@@ -42,6 +44,13 @@ PLAN = EvaluationPlan(
     dtype="float32", batch_size=1, scoring=ScoringPreset(name="combined", objective="combined_score", values={}),
 )  # fmt: skip
 BAR = "steps:  25%|##5       | {step}/{steps} [00:46<05:28, 23.48s/it, avr_loss=1.17]"
+
+
+def write_model(path: Path, model: BaseModel) -> None:
+    """As the daemons write it, by a rename, but for the syncs: some tests need a thousand files."""
+    new = path.with_name("new")
+    new.write_bytes(to_bytes(model))
+    new.replace(path)
 
 
 def write_run(study: StudyLayout, *, name: str = "pixar", n_trials: int | None = 20, status: str = "running") -> Run:
