@@ -27,9 +27,9 @@ from evaluator_daemon.overview import (
     TrialOverview,
     Trouble,
     best_point,
-    sparkline,
 )
 from evaluator_daemon.snapshot import StudyReader
+from evaluator_daemon.sparkline import sparkline
 from shared.durations import duration
 from shared.errors import Stopped
 from shared.service import Service

@@ -8,8 +8,10 @@ from datetime import timedelta
 
 import pytest
 
-from evaluator_daemon.overview import Gpu, Objective, Point, best_point, sorted_curve, sparkline, to_json
-from evaluator_daemon.snapshot import StudyReader, parse_gpus
+from evaluator_daemon.gpu_probe import parse_gpus
+from evaluator_daemon.overview import Gpu, Objective, Point, best_point, sorted_curve, to_json
+from evaluator_daemon.snapshot import StudyReader
+from evaluator_daemon.sparkline import sparkline
 from shared.files import read_model, write_model
 from shared.layout import StudyLayout
 from shared.locks import FileLock
