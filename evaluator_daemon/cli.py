@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from evaluator_daemon.verbs import evaluate, inspect, retry, run
+from evaluator_daemon.verbs import evaluate, inspect, retry, run, watch
 from shared.verbs import Verb, run_verb, settings_verb
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         Verb("run", "watch a study folder and score every checkpoint", run.declare),
         Verb("evaluate", "score the checkpoints of one trial", evaluate.declare),
         Verb("retry", "lift the quarantine of a trial's checkpoints", retry.declare),
+        Verb("watch", "show a study live, or as text or JSON", watch.declare),
         Verb("inspect", "prove that LoRA files are whole and fit to be scored", inspect.declare),
         settings_verb(_settings_model),
     )

@@ -42,6 +42,7 @@ from shared.safetensors_file import read_header
 from shared.schemas import EvaluatorManagerState, Retry
 from shared.service import Service
 from shared.settings import LoadedSettings
+from shared.watch_script import write_watch_script
 
 MAX_EVALUATORS = 2
 """One for the trial in training and one for the trial before it; more would only take turns on one device."""
@@ -259,6 +260,7 @@ class Manager:
             log_change(
                 _log, "plan", samples=self._job.plan.num_samples, device=self._job.device, dtype=self._job.plan.dtype
             )
+            write_watch_script(self._study, only_if_absent=True)  # here: a refused start leaves nothing behind
         run = read_run(self._study)
         if run is not None and run.plan != self._job.plan:
             raise StudyMismatchError(f"{self._study.run} holds another plan than the one evaluated here; start again")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from optimizer_daemon.commands import RequestDesk
-from optimizer_daemon.display import LiveLine, duration
+from optimizer_daemon.display import LiveLine
 from optimizer_daemon.enqueue import Queue, pinned_values, stage_of
 from optimizer_daemon.lifecycle import Action, next_action
 from optimizer_daemon.optuna_adapter.sampler import SAMPLERS
@@ -33,8 +33,8 @@ from optimizer_daemon.start_checks import check_inputs
 from optimizer_daemon.study_file import begun, rewritten
 from optimizer_daemon.summary import ended_text, progress_fields, progress_parts, seconds, seconds_left, stopped_text
 from optimizer_daemon.trainers import TRAINERS
-from optimizer_daemon.watch_script import write_watch_script
 from shared.devices import require_device
+from shared.durations import duration
 from shared.errors import LabError, ResourceError, SettingsError, Stopped
 from shared.failpoints import reach
 from shared.files import write_model
@@ -47,6 +47,7 @@ from shared.schemas.optimizer import RunStatus
 from shared.service import Service
 from shared.settings import make_writable_folder
 from shared.supervise import STOP_TIMEOUT_S
+from shared.watch_script import write_watch_script
 
 TICK_S = 1.0
 MOST_EQUAL_FAILURES = 3  # in a row

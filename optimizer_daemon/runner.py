@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 from optimizer_daemon.lifecycle import Action, Ending, TrialView, ending_of, signal_of
 from optimizer_daemon.lora_training.memory import Memory, memory_that_ran_out
 from optimizer_daemon.scores import TrialScores
-from optimizer_daemon.trainers.base import Progress, TrainerPlugin
+from optimizer_daemon.trainers.base import TrainerPlugin
 from optimizer_daemon.training_log import TrainingLog
 from shared.errors import (
     DiskError,
@@ -31,6 +31,7 @@ from shared.gpu_lease import GpuLease
 from shared.layout import TrialLayout, writer_of
 from shared.logs import log_change
 from shared.process import StopReport, child_environment
+from shared.progress_bar import Progress
 from shared.safetensors_file import read_header
 from shared.schemas import Run, TrainerExit, TrialParams, TrialState
 from shared.supervised import SupervisedProcess, adopt, start_supervised

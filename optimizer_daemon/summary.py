@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from optimizer_daemon.display import duration
 from optimizer_daemon.results import ranked, winner
 from optimizer_daemon.runner import LiveTrial
 from optimizer_daemon.search.space import format_parameters
+from shared.durations import duration
 from shared.layout import StudyLayout
 from shared.schemas import AllTrials
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from shared.layout import TrialLayout
+from shared.progress_bar import Progress
 from shared.schemas import Run, TrainerExit, TrialParams
 
 
@@ -26,29 +27,6 @@ class LaunchPlan:
     env: Mapping[str, str]
     files: Mapping[str, str] = field(default_factory=dict)
     cwd: Path | None = None
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What one line of a training's output says about how far it is.
-
-    Args:
-        epoch: the running epoch, counted from 1; None where the line does not tell.
-        step: optimizer steps done.
-        steps: optimizer steps of the whole training.
-        preparing: what is done before the first step, such as "latents"; `step` and `steps` then count that.
-        loss: mean loss over about one epoch; may be NaN.
-        seconds_per_step: mean so far.
-        eta_s: seconds to the end, by the trainer's estimate.
-    """
-
-    epoch: int | None
-    step: int
-    steps: int
-    loss: float | None = None
-    seconds_per_step: float | None = None
-    eta_s: float | None = None
-    preparing: str | None = None
 
 
 class TrainerPlugin(Protocol):

@@ -13,12 +13,12 @@ from optimizer_daemon.lora_training.base_model import inspect_base_model
 from optimizer_daemon.lora_training.config import TrainConfig, to_toml
 from optimizer_daemon.lora_training.optimizer_names import require_optimizer
 from optimizer_daemon.lora_training.toml_file import closest
-from optimizer_daemon.trainers.base import LaunchPlan, Progress
+from optimizer_daemon.trainers.base import LaunchPlan
 from optimizer_daemon.trainers.diagnosis import explain
-from optimizer_daemon.trainers.progress import parse_bar, parse_preparation
 from shared.errors import SettingsError, UserError
 from shared.layout import TrialLayout
 from shared.model_folders import require_base_model
+from shared.progress_bar import Progress, parse_bar, parse_preparation
 from shared.schemas import Run, TrainerExit, TrialParams
 from shared.schemas.base import Scalar
 from shared.strict_json import first_fault

@@ -103,6 +103,7 @@ def test_once_evaluates_everything_another_trainer_left_and_nothing_twice(study,
     assert (view.status, view.waiting_checkpoints, view.evaluators) == ("stopped", 0, ())
     assert len(list(study.reference.glob("*/sample_*.png"))) == 2, "the base model is rendered once for all trials"
     assert not study.run.exists()
+    assert study.watch_script.exists(), "no optimizer was here to put it there"
 
     files = {path: path.stat().st_mtime_ns for path in study.root.rglob("*.png")}
     again = run("run", *flags(study, base_model), "--once")

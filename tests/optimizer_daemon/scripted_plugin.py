@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from optimizer_daemon.trainers.base import LaunchPlan, Progress
+from optimizer_daemon.trainers.base import LaunchPlan
 from shared.layout import TrialLayout
+from shared.progress_bar import Progress
 from shared.schemas import Run, TrainerExit, TrialParams
 
 SCRIPT = Path(__file__).with_name("scripted_trainer.py")

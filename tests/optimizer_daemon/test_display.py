@@ -9,9 +9,7 @@ import pty
 import struct
 import termios
 
-import pytest
-
-from optimizer_daemon.display import LiveLine, duration
+from optimizer_daemon.display import LiveLine
 
 
 def test_a_terminal_shows_one_line_cut_to_its_width_and_clear_takes_it_away():
@@ -35,11 +33,3 @@ def test_what_is_no_terminal_gets_nothing():
     line.draw(["1/8 trials"])
     line.clear()
     assert stream.getvalue() == ""
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.4, "0 s"), (59.4, "59 s"), (60, "1:00"), (425, "7:05"), (11225, "3:07:05")],
-)
-def test_seconds_as_people_read_them(seconds, text):
-    assert duration(seconds) == text

@@ -21,6 +21,11 @@ def flags(*words: object) -> Spoil:
     return lambda world: world.optimizer(*words)
 
 
+def watch(*words: object) -> Spoil:
+    """The view of the study, with these flags."""
+    return lambda world: world.evaluator(*words, verb="watch")
+
+
 def edited(name: str, old: str, new: str, command: Callable[[World], list[str]] = World.optimizer) -> Spoil:
     """A TOML file of the world with another text in place of `old`."""
 
@@ -572,6 +577,17 @@ EVALUATOR = [
         edited("study_file", 'optimization_dir = "study"\n', "", World.evaluator),
     ),
     Case("evaluator: no such folder", ("--optimization-dir", "make that folder or name another"), World.evaluator),
+    Case(
+        "watch: no folder named",
+        ("--optimization-dir: None", "name the study folder"),
+        edited("study_file", 'optimization_dir = "study"\n', "", watch()),
+    ),
+    Case("watch: no such folder", ("--optimization-dir", "there is no such folder"), watch()),
+    Case(
+        "watch: never a pause",
+        ("--interval: 0.0", "write seconds, more than 0"),
+        after(lambda w: w.study.mkdir(), watch("--interval", "0")),
+    ),
     Case(
         "evaluator: nothing to go by",
         ("--base-model: None", "pass --base-model and --prompts"),

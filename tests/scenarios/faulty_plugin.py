@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from optimizer_daemon.trainers.base import LaunchPlan, Progress
+from optimizer_daemon.trainers.base import LaunchPlan
 from optimizer_daemon.trainers.diagnosis import explain
-from optimizer_daemon.trainers.progress import parse_bar
 from shared.layout import TrialLayout
+from shared.progress_bar import Progress, parse_bar
 from shared.schemas import Run, TrainerExit, TrialParams
 
 SCRIPT = Path(__file__).with_name("faulty_trainer.py")

@@ -16,9 +16,8 @@ from optimizer_daemon.lora_training.buckets import Fit
 from optimizer_daemon.lora_training.dataset import load_data
 from optimizer_daemon.lora_training.latents import Latents, load_latents, read_pixels
 from optimizer_daemon.lora_training.models import Hardware
-from optimizer_daemon.trainers.base import Progress
-from optimizer_daemon.trainers.progress import parse_preparation
 from shared.errors import UserError
+from shared.progress_bar import Progress, parse_preparation
 from tests.optimizer_daemon.lora_training.pictures import write_dataset, write_images
 from tests.optimizer_daemon.lora_training.reference import frozen_latent
 

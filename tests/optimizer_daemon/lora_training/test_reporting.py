@@ -11,7 +11,7 @@ import torch
 
 from optimizer_daemon.lora_training.reporting import MeanLoss, Reporter
 from optimizer_daemon.lora_training.state import Position
-from optimizer_daemon.trainers.progress import parse_bar
+from shared.progress_bar import parse_bar
 
 
 @pytest.mark.parametrize(

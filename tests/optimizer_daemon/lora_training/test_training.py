@@ -13,9 +13,9 @@ import torch
 
 from optimizer_daemon.lora_training.reporting import MeanLoss
 from optimizer_daemon.lora_training.text import TextConditioning
-from optimizer_daemon.trainers.base import Progress
 from optimizer_daemon.trainers.native import TRAINER
 from shared.errors import ResourceError, UserError
+from shared.progress_bar import Progress
 from tests.optimizer_daemon.lora_training.workshop import Workshop
 
 ROOT = Path(__file__).parents[3]

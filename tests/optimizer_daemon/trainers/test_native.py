@@ -12,10 +12,10 @@ import pytest
 
 from optimizer_daemon.lora_training.config import load_config
 from optimizer_daemon.trainers import TRAINERS
-from optimizer_daemon.trainers.base import Progress
 from shared.errors import SettingsError, UnknownPluginError, UserError
 from shared.files import read_model
 from shared.layout import StudyLayout
+from shared.progress_bar import Progress
 from shared.schemas import Run, TrialParams
 
 GOLDEN = Path(__file__).parents[2] / "data/formats/v1"

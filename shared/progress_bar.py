@@ -8,8 +8,7 @@ The native trainer adds the epoch; kohya announces it on a line of its own.
 from __future__ import annotations
 
 import re
-
-from optimizer_daemon.trainers.base import Progress
+from dataclasses import dataclass
 
 _BAR = re.compile(
     r"steps:\s+\d+%\|[^|]*\|\s*(?P<step>\d+)/(?P<steps>\d+)\s+\[[\d:]+<(?P<eta>[\d:]+|\?)"
@@ -18,6 +17,29 @@ _BAR = re.compile(
 _LOSS = re.compile(r"avr_loss=([-+]?(?:[\d.]+(?:e[-+]?\d+)?|nan|inf))", re.IGNORECASE)
 _EPOCH = re.compile(r"epoch=(\d+)")
 _PREPARATION = re.compile(r"encoding (?P<what>latents): (?P<done>\d+)/(?P<all>\d+)")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one line of a training's output says about how far it is.
+
+    Args:
+        epoch: the running epoch, counted from 1; None where the line does not tell.
+        step: optimizer steps done.
+        steps: optimizer steps of the whole training.
+        preparing: what is done before the first step, such as "latents"; `step` and `steps` then count that.
+        loss: mean loss over about one epoch; may be NaN.
+        seconds_per_step: mean so far.
+        eta_s: seconds to the end, by the trainer's estimate.
+    """
+
+    epoch: int | None
+    step: int
+    steps: int
+    loss: float | None = None
+    seconds_per_step: float | None = None
+    eta_s: float | None = None
+    preparing: str | None = None
 
 
 def parse_bar(line: str) -> Progress | None:
