@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -64,7 +64,7 @@ def find_reference(job: Job, renderer: Renderer, sources: Sequence[MetricSource]
 def samples_of(job: Job) -> tuple[Sample, ...]:
     """The plan's samples as metrics.json lists them."""
     grid = [job.plan.sample(index) for index in range(job.plan.num_samples)]
-    return tuple(Sample(file=f"sample_{i}.png", prompt=prompt, seed=seed) for i, (prompt, seed) in enumerate(grid))
+    return tuple(Sample(file=f"sample_{index}.png", **asdict(sample)) for index, sample in enumerate(grid))
 
 
 def _read(layout: RenderLayout, job: Job) -> Reference | None:

@@ -13,6 +13,7 @@
     │       ├── IncompleteCheckpointError   still being written, or truncated
     │       └── RefusedCheckpointError      whole, but malformed, hostile or worthless
     ├── ResourceError               4   GPU, disk, memory or model missing; worth retrying
+    │   ├── DeviceMemoryError           the device's memory ran out, or would; it may be free later
     │   └── DiskError                   ENOSPC, EIO and their kin while writing state
     └── Stopped                   130   an orderly stop by SIGINT (130) or SIGTERM (143)
 
@@ -123,6 +124,10 @@ class ResourceError(LabError):
     """The machine lacks something; trying again later may work."""
 
     exit_code = 4
+
+
+class DeviceMemoryError(ResourceError):
+    """The memory of the device that renders does not suffice now; whose fault that is nobody knows here."""
 
 
 class DiskError(ResourceError):

@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 import peft  # noqa: F401  diffusers imports it on the first LoRA; here it is part of what a fork shares
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
+from diffusers import (
+    AutoencoderKL,  # noqa: F401  loaded lazily otherwise, as are the next ones with this mark
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,  # noqa: F401
+)
 from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bars
 from numpy.typing import NDArray
 from peft.tuners.lora import LoraLayer
@@ -24,9 +31,10 @@ from transformers.utils.logging import disable_progress_bar as disable_transform
 
 from evaluator_daemon.job import Job
 from evaluator_daemon.renderers.base import OnStep, Rendering
-from shared.errors import RefusedCheckpointError, ResourceError, SettingsError, UnknownPluginError
+from shared.errors import DeviceMemoryError, RefusedCheckpointError, ResourceError, SettingsError, UnknownPluginError
 from shared.gpu_lease import GpuLease
 from shared.safetensors_file import Checkpoint, Family, LoraLayout
+from shared.schemas import PlannedSample
 
 # name in the plan -> diffusers scheduler and its options
 SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -34,6 +42,8 @@ SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
         DPMSolverMultistepScheduler,
         {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True},
     ),
+    "ddim": (DDIMScheduler, {}),
+    "euler": (EulerDiscreteScheduler, {}),
 }
 _ADAPTER = "checkpoint"
 # Classes whose Linear and 1x1 Conv2d layers sd-scripts' networks.lora adapts
@@ -50,14 +60,14 @@ class DiffusionRenderer:
     """
 
     def __init__(self, job: Job) -> None:
-        if job.plan.sampler not in SAMPLERS:
-            raise UnknownPluginError("image sampler", job.plan.sampler, SAMPLERS)
+        samplers = {job.plan.sample(index).sampler for index in range(job.plan.num_samples)}
+        if unknown := sorted(samplers - SAMPLERS.keys()):
+            raise UnknownPluginError("image sampler", unknown[0], SAMPLERS)
         torch.set_num_threads(job.threads)
         self.plan = job.plan
         self.device = _device(job.device)
         self._pipeline = _load_pipeline(job.base_model, getattr(torch, job.plan.dtype)).to(self.device)
-        scheduler, options = SAMPLERS[job.plan.sampler]
-        self._pipeline.scheduler = scheduler.from_config(self._pipeline.scheduler.config, **options)
+        self._schedulers = {name: _scheduler(name, self._pipeline.scheduler.config) for name in samplers}
         self._pipeline.vae.enable_slicing()
         self._pipeline.set_progress_bar_config(disable=True)
         self._layers = _layers(self._pipeline)
@@ -139,49 +149,55 @@ class DiffusionRenderer:
             except torch.OutOfMemoryError as error:
                 reason = str(error).partition("\n")[0]
             torch.cuda.empty_cache()  # outside the except: the traceback holds the tensors
-        raise ResourceError(
+        raise DeviceMemoryError(
             f"the {self.device_name} has too little memory for {batch_size} pictures at once ({reason}); free it, "
             "or start a study with a smaller --num-samples"
         )
 
     def _render_all(self, batch_size: int, on_step: OnStep) -> list[NDArray[np.uint8]]:
-        samples = [self.plan.sample(i) for i in range(self.plan.num_samples)]
-        pictures: list[NDArray[np.uint8]] = []
+        pictures: dict[int, NDArray[np.uint8]] = {}
         with warnings.catch_warnings():
             # diffusers' scheduler turns tensors into arrays in a way that numpy 2 deprecates
             warnings.filterwarnings("ignore", "__array__ implementation doesn't accept a copy", DeprecationWarning)
-            for start in range(0, len(samples), batch_size):
-                pictures += self._render_batch(samples[start : start + batch_size], on_step)
-        return pictures
+            for batch in self.plan.batches(batch_size):
+                samples = [self.plan.sample(index) for index in batch]
+                pictures |= zip(batch, self._render_batch(samples, on_step), strict=True)
+        return [pictures[index] for index in range(self.plan.num_samples)]
 
-    def _render_batch(self, samples: list[tuple[str, int]], on_step: OnStep) -> list[NDArray[np.uint8]]:
+    def _render_batch(self, samples: list[PlannedSample], on_step: OnStep) -> list[NDArray[np.uint8]]:
+        """Render samples of equal `shape_of_work` at once."""
+
         def after_step(pipeline: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
             on_step()
             return values
 
+        alike = samples[0]
+        self._pipeline.scheduler = self._schedulers[alike.sampler]
         images = self._pipeline(
-            prompt_embeds=self._embed([prompt for prompt, _ in samples]),
-            negative_prompt_embeds=self._embed([self.plan.negative_prompt] * len(samples)),
-            latents=self._noise([seed for _, seed in samples]),
-            num_inference_steps=self.plan.steps,
-            guidance_scale=self.plan.cfg_scale,
-            width=self.plan.width,
-            height=self.plan.height,
+            prompt_embeds=self._embed([sample.prompt for sample in samples]),
+            negative_prompt_embeds=self._embed([sample.negative_prompt for sample in samples]),
+            latents=self._noise(samples),
+            num_inference_steps=alike.steps,
+            guidance_scale=alike.cfg_scale,
+            width=alike.width,
+            height=alike.height,
             output_type="np",
             callback_on_step_end=after_step,
         ).images
         images[np.isnan(images).any(axis=(1, 2, 3))] = 0  # all black, which a sentinel reports
         return list((images.clip(0, 1) * 255).round().astype(np.uint8))
 
-    def _noise(self, seeds: list[int]) -> torch.Tensor:
+    def _noise(self, samples: list[PlannedSample]) -> torch.Tensor:
         """(n, channels, h, w) from one CPU generator per sample, so that device and batch do not choose the noise."""
         factor = self._pipeline.vae_scale_factor
-        shape = (
-            self._pipeline.unet.config.in_channels,
-            self.plan.height // factor,
-            self.plan.width // factor,
-        )
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        channels = self._pipeline.unet.config.in_channels
+        noise = [
+            torch.randn(
+                (channels, sample.height // factor, sample.width // factor),
+                generator=torch.Generator().manual_seed(sample.seed),
+            )
+            for sample in samples
+        ]
         return torch.stack(noise).to(self.device, self._pipeline.unet.dtype)
 
     def _embed(self, prompts: list[str]) -> torch.Tensor:
@@ -207,6 +223,11 @@ class DiffusionRenderer:
         # transformers < 5.6 keeps the layers in .text_model; hidden states come before the last norm
         norm = getattr(encoder, "text_model", encoder).final_layer_norm
         return norm(states)  # type: ignore[no-any-return]
+
+
+def _scheduler(sampler: str, config: Any) -> Any:
+    kind, options = SAMPLERS[sampler]
+    return kind.from_config(config, **options)
 
 
 def _device(name: str) -> torch.device:
