@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from shared.errors import SettingsError, StudyMismatchError
 from shared.files import read_kept
 from shared.layout import StudyLayout
 from shared.model_folders import digest_model, require_base_model, require_clip_model
-from shared.planning import make_plan
+from shared.planning import make_plan, overrides_of
 from shared.prompts import read_prompt_file
-from shared.schemas import EvaluationPlan, Run
+from shared.schemas import EvaluationPlan, PromptOptions, Run
 from shared.settings import LoadedSettings, make_writable_folder
 
 
@@ -105,8 +106,13 @@ def _job_of_study(loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout,
     settings = loaded.settings
     if loaded.origins["num_samples"] != "default" and settings.num_samples != plan.num_samples:
         raise _differs(loaded.origins["num_samples"], settings.num_samples, plan.num_samples)
-    if settings.prompts is not None and (prompts := read_prompt_file(settings.prompts)) != plan.prompts:
-        raise _differs(loaded.origins["prompts"], list(prompts), list(plan.prompts))
+    if settings.prompts is not None:
+        prompts = read_prompt_file(settings.prompts)
+        texts, options = tuple(prompt.text for prompt in prompts), overrides_of(prompts, plan)
+        if texts != plan.prompts:
+            raise _differs(loaded.origins["prompts"], list(texts), list(plan.prompts))
+        if options != plan.overrides:
+            raise _differs(f"{loaded.origins['prompts']} (the options)", _shown(options), _shown(plan.overrides))
     base_model = settings.base_model or (Path(run.base_model) if run.base_model else None)
     if base_model is None:
         raise SettingsError("--base-model", None, f"{study.run} names no base model; name it here")
@@ -145,6 +151,10 @@ def _job(
         check_interval_s=settings.evaluator_check_interval,
         idle_timeout_s=settings.idle_timeout,
     )
+
+
+def _shown(overrides: Sequence[PromptOptions]) -> list[dict[str, object]]:
+    return [options.model_dump(exclude_none=True) for options in overrides]
 
 
 def _differs(flag: str, here: object, there: object) -> StudyMismatchError:

@@ -76,9 +76,7 @@ def overrides_of(prompts: Sequence[Prompt], plan: EvaluationPlan) -> tuple[Promp
 
     So equal pictures have equal plans, however a prompt file puts it.
     """
-    usual = {"seed": plan.base_seed} | {
-        name: getattr(plan, name) for name in PromptOptions.model_fields if name != "seed"
-    }
+    usual = {name: getattr(plan, "base_seed" if name == "seed" else name) for name in PromptOptions.model_fields}
     own = tuple(
         PromptOptions(**{name: value for name, value in prompt.options if value is not None and value != usual[name]})
         for prompt in prompts

@@ -38,7 +38,7 @@ class Prompt:
     """
 
     text: str
-    options: PromptOptions = PromptOptions()
+    options: PromptOptions = field(default_factory=PromptOptions)
     where: str = field(default="--prompts", compare=False)
 
 

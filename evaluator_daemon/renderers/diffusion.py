@@ -1,79 +1,58 @@
-"""Stable Diffusion 1.x and 2.x from a local diffusers folder: resident, offline, one LoRA at a time, never fused."""
+"""Stable Diffusion from a local diffusers folder: resident, offline, one LoRA at a time, never fused."""
 
 from __future__ import annotations
 
-import json
-import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import peft  # noqa: F401  diffusers imports it on the first LoRA; here it is part of what a fork shares
 import torch
-from diffusers import (
-    AutoencoderKL,  # noqa: F401  loaded lazily otherwise, as are the next ones with this mark
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,  # noqa: F401
-)
-from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bars
 from numpy.typing import NDArray
-from peft.tuners.lora import LoraLayer
-from safetensors.torch import load as load_tensors
-from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401  loaded lazily otherwise
-from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 
 from evaluator_daemon.job import Job
 from evaluator_daemon.renderers.base import OnStep, Rendering
-from shared.errors import DeviceMemoryError, RefusedCheckpointError, ResourceError, SettingsError, UnknownPluginError
+from evaluator_daemon.renderers.families import TextEmbedding, load_family
+from evaluator_daemon.renderers.layer_names import LayerNames, component_of
+from evaluator_daemon.renderers.lora_layers import applied, require_used
+from evaluator_daemon.renderers.sampling import decode, denoise, make_scheduler, noise, require_sampler
+from shared.errors import DeviceMemoryError, ResourceError
 from shared.gpu_lease import GpuLease
-from shared.safetensors_file import Checkpoint, Family, LoraLayout
+from shared.safetensors_file import Checkpoint, LoraLayout
 from shared.schemas import PlannedSample
-
-# name in the plan -> diffusers scheduler and its options
-SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "dpmpp_2m_karras": (
-        DPMSolverMultistepScheduler,
-        {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True},
-    ),
-    "ddim": (DDIMScheduler, {}),
-    "euler": (EulerDiscreteScheduler, {}),
-}
-_ADAPTER = "checkpoint"
-# Classes whose Linear and 1x1 Conv2d layers sd-scripts' networks.lora adapts
-_USUAL_BLOCKS = ("Transformer2DModel", "CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
-_SCALE_TOLERANCE = 0.01  # half precision rounds
 
 
 class DiffusionRenderer:
     """Holds one pipeline.
 
     Raises:
-        SettingsError: the folder is no Stable Diffusion 1.x or 2.x pipeline.
+        SettingsError: the folder is no Stable Diffusion 1.x, 2.x or SDXL pipeline.
         ResourceError: the device is not there.
     """
 
     def __init__(self, job: Job) -> None:
-        samplers = {job.plan.sample(index).sampler for index in range(job.plan.num_samples)}
-        if unknown := sorted(samplers - SAMPLERS.keys()):
-            raise UnknownPluginError("image sampler", unknown[0], SAMPLERS)
+        samples = [job.plan.sample(index) for index in range(job.plan.num_samples)]
+        for sample in samples:
+            require_sampler(sample.sampler)
         torch.set_num_threads(job.threads)
+        torch.backends.cudnn.allow_tf32 = False  # on by default: float32 would be 10 bits wide on some cards only
         self.plan = job.plan
         self.device = _device(job.device)
-        self._pipeline = _load_pipeline(job.base_model, getattr(torch, job.plan.dtype)).to(self.device)
-        self._schedulers = {name: _scheduler(name, self._pipeline.scheduler.config) for name in samplers}
+        dtype: torch.dtype = getattr(torch, job.plan.dtype)
+        self._family = load_family(job.base_model, dtype)
+        self._pipeline = self._family.pipeline.to(self.device)
+        if dtype is torch.float16 and self._family.keeps_vae_precise():
+            self._pipeline.vae.to(torch.float32)
+        if self.device.type == "cuda":  # how its convolutions like pictures to lie
+            self._pipeline.unet.to(memory_format=torch.channels_last)
+            self._pipeline.vae.to(memory_format=torch.channels_last)
+        names = {sample.sampler for sample in samples}
+        self._schedulers = {name: make_scheduler(name, self._pipeline.scheduler) for name in names}
         self._pipeline.vae.enable_slicing()
-        self._pipeline.set_progress_bar_config(disable=True)
-        self._layers = _layers(self._pipeline)
-        self._usual = _usual_layers(self._pipeline)
-        self._base_embeddings: dict[str, torch.Tensor] = {}
+        self._names = LayerNames(self._family.adaptable, self._family.kohya_prefixes)
+        self._base_embeddings: dict[str, TextEmbedding] = {}
         self._text_encoder_changed = False
+        self._has_rendered = False
 
     @property
     def device_name(self) -> str:
@@ -81,7 +60,7 @@ class DiffusionRenderer:
 
     @property
     def versions(self) -> dict[str, str]:
-        names = ("torch", "diffusers", "transformers", "peft", "numpy")
+        names = ("torch", "diffusers", "transformers", "numpy")
         return {name: version(name) for name in names}
 
     # ------------------------------------------------------------------------------------------------------- LoRA
@@ -89,54 +68,19 @@ class DiffusionRenderer:
     @contextmanager
     def lora(self, checkpoint: Checkpoint, layout: LoraLayout) -> Iterator[None]:
         """Apply a checkpoint from the bytes already read; see `Renderer.lora`."""
-        wanted = {_layer_name(module.name, layout.family): module.scale for module in layout.modules}
-        self._require_layers(checkpoint, set(wanted), layout)
-        try:
-            self._load(checkpoint)
-            applied = _applied(self._pipeline)
-            if differing := wanted.keys() ^ applied.keys():
-                raise _not_applied(checkpoint, differing, "were not applied by the loader")
-            if misread := {n for n, scale in wanted.items() if abs(applied[n] / scale - 1) > _SCALE_TOLERANCE}:
-                raise _not_applied(checkpoint, misread, "were applied at another strength than alpha / rank", _RESAVE)
-            self._pipeline.set_adapters([_ADAPTER], [self.plan.lora_scale])
-            self._text_encoder_changed = any(name.startswith("te_") for name in wanted)
-            yield
-        finally:
-            self._pipeline.unload_lora_weights()
-            self._text_encoder_changed = False
+        with applied(checkpoint, layout, self._names, self.plan.lora_scale) as pairs:
+            self._text_encoder_changed = any(component_of(layer) != "unet" for layer in pairs)
+            self._has_rendered = False
+            try:
+                yield
+            finally:
+                self._text_encoder_changed = False
+        if self._has_rendered:
+            require_used(checkpoint, pairs)
 
     def left_out(self, layout: LoraLayout) -> set[str]:
         """See `Renderer.left_out`."""
-        names = {_layer_name(module.name, layout.family) for module in layout.modules}
-        return {
-            layer
-            for part in {name.partition("_")[0] for name in names}
-            for layer in self._usual
-            if layer.startswith(f"{part}_") and layer not in names
-        }
-
-    def _load(self, checkpoint: Checkpoint) -> None:
-        try:
-            self._pipeline.load_lora_weights(load_tensors(checkpoint.raw), adapter_name=_ADAPTER)
-        except (KeyError, ValueError) as error:  # how diffusers says that it does not know a file's form
-            raise RefusedCheckpointError(
-                checkpoint.path, "not_applied", f"diffusers cannot load it ({error}); {_RESAVE}"
-            ) from error
-
-    def _require_layers(self, checkpoint: Checkpoint, wanted: set[str], layout: LoraLayout) -> None:
-        """Loaders drop modules they do not know, and stumble over shapes that do not fit."""
-        if unknown := wanted - self._layers.keys():
-            raise _not_applied(checkpoint, unknown, "do not exist in the base model")
-        misfits = set()
-        for module in layout.modules:
-            down, up = _pair_shapes(checkpoint, module.name)
-            out, into, *_ = self._layers[_layer_name(module.name, layout.family)]
-            if (up[0], down[1]) != (out, into):
-                misfits.add(module.name)
-        if misfits:
-            raise _not_applied(
-                checkpoint, misfits, "have another width than the base model's; trained on another model"
-            )
+        return self._names.left_out({layer for layer in self._names.resolve(layout).values() if layer is not None})
 
     # -------------------------------------------------------------------------------------------------- rendering
 
@@ -155,79 +99,43 @@ class DiffusionRenderer:
         )
 
     def _render_all(self, batch_size: int, on_step: OnStep) -> list[NDArray[np.uint8]]:
+        samples = [self.plan.sample(index) for index in range(self.plan.num_samples)]
+        embedded = self._embed([text for one in samples for text in (one.prompt, one.negative_prompt)])
         pictures: dict[int, NDArray[np.uint8]] = {}
-        with warnings.catch_warnings():
-            # diffusers' scheduler turns tensors into arrays in a way that numpy 2 deprecates
-            warnings.filterwarnings("ignore", "__array__ implementation doesn't accept a copy", DeprecationWarning)
-            for batch in self.plan.batches(batch_size):
-                samples = [self.plan.sample(index) for index in batch]
-                pictures |= zip(batch, self._render_batch(samples, on_step), strict=True)
+        for batch in self.plan.batches(batch_size):
+            rendered = self._render_batch([samples[index] for index in batch], embedded, on_step)
+            pictures |= zip(batch, rendered, strict=True)
+        self._has_rendered = True
         return [pictures[index] for index in range(self.plan.num_samples)]
 
-    def _render_batch(self, samples: list[PlannedSample], on_step: OnStep) -> list[NDArray[np.uint8]]:
+    def _render_batch(
+        self, samples: list[PlannedSample], embedded: dict[str, TextEmbedding], on_step: OnStep
+    ) -> list[NDArray[np.uint8]]:
         """Render samples of equal `shape_of_work` at once."""
+        unet, factor, alike = self._pipeline.unet, self._pipeline.vae_scale_factor, samples[0]
+        shape = (unet.config.in_channels, alike.height // factor, alike.width // factor)
+        latents = denoise(
+            self._family,
+            self._schedulers[alike.sampler],
+            noise(shape, [sample.seed for sample in samples]).to(self.device, unet.dtype),
+            TextEmbedding.stacked([embedded[sample.prompt] for sample in samples]),
+            TextEmbedding.stacked([embedded[sample.negative_prompt] for sample in samples]),
+            steps=alike.steps,
+            guidance=alike.cfg_scale,
+            on_step=on_step,
+        )
+        return decode(self._pipeline.vae, latents)
 
-        def after_step(pipeline: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
-            on_step()
-            return values
-
-        alike = samples[0]
-        self._pipeline.scheduler = self._schedulers[alike.sampler]
-        images = self._pipeline(
-            prompt_embeds=self._embed([sample.prompt for sample in samples]),
-            negative_prompt_embeds=self._embed([sample.negative_prompt for sample in samples]),
-            latents=self._noise(samples),
-            num_inference_steps=alike.steps,
-            guidance_scale=alike.cfg_scale,
-            width=alike.width,
-            height=alike.height,
-            output_type="np",
-            callback_on_step_end=after_step,
-        ).images
-        images[np.isnan(images).any(axis=(1, 2, 3))] = 0  # all black, which a sentinel reports
-        return list((images.clip(0, 1) * 255).round().astype(np.uint8))
-
-    def _noise(self, samples: list[PlannedSample]) -> torch.Tensor:
-        """(n, channels, h, w) from one CPU generator per sample, so that device and batch do not choose the noise."""
-        factor = self._pipeline.vae_scale_factor
-        channels = self._pipeline.unet.config.in_channels
-        noise = [
-            torch.randn(
-                (channels, sample.height // factor, sample.width // factor),
-                generator=torch.Generator().manual_seed(sample.seed),
-            )
-            for sample in samples
-        ]
-        return torch.stack(noise).to(self.device, self._pipeline.unet.dtype)
-
-    def _embed(self, prompts: list[str]) -> torch.Tensor:
-        """(n, tokens, width); remembered as long as no LoRA changes the text encoder."""
-        if self._text_encoder_changed:
-            distinct = {prompt: self._encode(prompt) for prompt in dict.fromkeys(prompts)}
-            return torch.cat([distinct[prompt] for prompt in prompts])
-        for prompt in prompts:
-            if prompt not in self._base_embeddings:
-                self._base_embeddings[prompt] = self._encode(prompt)
-        return torch.cat([self._base_embeddings[prompt] for prompt in prompts])
-
-    def _encode(self, prompt: str) -> torch.Tensor:
-        tokenizer, encoder = self._pipeline.tokenizer, self._pipeline.text_encoder
-        ids = tokenizer(
-            prompt,
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids.to(self.device)
-        states = encoder(ids, output_hidden_states=True).hidden_states[-self.plan.clip_skip]
-        # transformers < 5.6 keeps the layers in .text_model; hidden states come before the last norm
-        norm = getattr(encoder, "text_model", encoder).final_layer_norm
-        return norm(states)  # type: ignore[no-any-return]
-
-
-def _scheduler(sampler: str, config: Any) -> Any:
-    kind, options = SAMPLERS[sampler]
-    return kind.from_config(config, **options)
+    def _embed(self, of_samples: list[str]) -> dict[str, TextEmbedding]:
+        """Every prompt, negative ones too, encoded once and all in one batch; the base model's are remembered."""
+        if self._base_embeddings and not self._text_encoder_changed:
+            return self._base_embeddings
+        prompts = list(dict.fromkeys(of_samples))
+        batch = self._family.encode(prompts, self.plan.clip_skip)
+        embedded = {prompt: batch.row(index) for index, prompt in enumerate(prompts)}
+        if not self._text_encoder_changed:
+            self._base_embeddings = embedded
+        return embedded
 
 
 def _device(name: str) -> torch.device:
@@ -246,100 +154,3 @@ def _device(name: str) -> torch.device:
 def gpu_lease(device: str) -> GpuLease:
     """The lease of the card behind "cuda" or "cuda:N", for evaluators."""
     return GpuLease(f"GPU-{torch.cuda.get_device_properties(_device(device)).uuid}", "evaluator")
-
-
-def _load_pipeline(folder: Path, dtype: torch.dtype) -> Any:
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    if index.get("_class_name") != StableDiffusionPipeline.__name__:
-        raise SettingsError(
-            "--base-model", str(folder), f"{index.get('_class_name')} cannot be rendered; StableDiffusionPipeline can"
-        )
-    disable_diffusers_bars()
-    disable_transformers_bars()  # type: ignore[no-untyped-call]
-    for noisy in ("transformers.integrations.peft", "diffusers.loaders.peft"):
-        # alarming tables about whole files; what was applied is compared with the file's keys here
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    try:
-        return StableDiffusionPipeline.from_pretrained(
-            folder,
-            dtype=dtype,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-            local_files_only=True,
-        )
-    except (OSError, ValueError) as error:
-        raise SettingsError(
-            "--base-model", str(folder), f"repair the folder, diffusers cannot load it ({error})"
-        ) from error
-
-
-# ------------------------------------------------------------------------------------------------------ layer names
-# One spelling for kohya's, peft's and the model's own names: unet_... or te_..., with underscores. Newer versions of
-# transformers dropped "text_model" from the text encoder's module names, files keep it.
-
-
-def _layer_name(module: str, family: Family) -> str:
-    name = module.replace(".", "_")
-    if family is Family.KOHYA:
-        name = name.removeprefix("lora_")
-    else:
-        name = name.replace("text_encoder_", "te_", 1) if name.startswith("text_encoder_") else name
-    return name.replace("te_text_model_", "te_", 1) if name.startswith("te_text_model_") else name
-
-
-def _named_modules(pipeline: Any) -> Iterator[tuple[str, torch.nn.Module]]:
-    for prefix, model in (("unet", pipeline.unet), ("te", pipeline.text_encoder)):
-        for name, module in model.named_modules():
-            yield _layer_name(f"{prefix}.{name}", Family.DIFFUSERS), module
-
-
-def _layers(pipeline: Any) -> dict[str, torch.Size]:
-    """Layer name -> the shape of its weight, (out, in) or (out, in, h, w)."""
-    return {
-        name: module.weight.shape
-        for name, module in _named_modules(pipeline)
-        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
-    }
-
-
-def _usual_layers(pipeline: Any) -> set[str]:
-    """Names of the layers that a usual LoRA adapts."""
-    return {
-        _layer_name(f"{prefix}.{path}.{inner}", Family.DIFFUSERS)
-        for prefix, model in (("unet", pipeline.unet), ("te", pipeline.text_encoder))
-        for path, block in model.named_modules()
-        if type(block).__name__ in _USUAL_BLOCKS
-        for inner, layer in block.named_modules()
-        if isinstance(layer, torch.nn.Linear) or (isinstance(layer, torch.nn.Conv2d) and layer.kernel_size == (1, 1))
-    }
-
-
-def _applied(pipeline: Any) -> dict[str, float]:
-    """Layer name -> what up @ down is multiplied with, of every layer that holds the whole pair."""
-    return {
-        name: float(module.scaling[_ADAPTER])
-        for name, module in _named_modules(pipeline)
-        if isinstance(module, LoraLayer) and _ADAPTER in module.lora_A and _ADAPTER in module.lora_B
-    }
-
-
-def _pair_shapes(checkpoint: Checkpoint, module: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    def shape(*endings: str) -> tuple[int, ...]:
-        return next(checkpoint.tensors[name].shape for e in endings if (name := f"{module}.{e}") in checkpoint.tensors)
-
-    return shape("lora_down.weight", "lora_A.weight"), shape("lora_up.weight", "lora_B.weight")
-
-
-_RESAVE = "save it in kohya's form"
-
-
-def _not_applied(
-    checkpoint: Checkpoint, modules: set[str], what: str, remedy: str = "train on this base model"
-) -> RefusedCheckpointError:
-    shown = ", ".join(sorted(modules)[:3])
-    return RefusedCheckpointError(
-        checkpoint.path,
-        "not_applied",
-        f"{len(modules)} of its modules {what}, such as {shown}; {remedy}",
-    )

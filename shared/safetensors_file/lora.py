@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
@@ -25,21 +25,28 @@ class Family(StrEnum):
     """Who names tensors like this."""
 
     KOHYA = "kohya"  # lora_unet_..., lora_te_..., with lora_down / lora_up / alpha
-    DIFFUSERS = "diffusers"  # peft's names: unet. ..., text_encoder. ..., with lora_A / lora_B
+    DIFFUSERS = "diffusers"  # the model's names: unet. ..., text_encoder. ..., with lora_A / lora_B or older ends
 
 
 _ROLES: dict[str, Role] = {
     "lora_down.weight": "down",
-    "lora_A.weight": "down",
     "lora_up.weight": "up",
+    "lora_A.weight": "down",
     "lora_B.weight": "up",
+    # how diffusers ended names before it took to peft; the last two follow `to_q_lora` and the like
+    "lora.down.weight": "down",
+    "lora.up.weight": "up",
+    "lora_linear_layer.down.weight": "down",
+    "lora_linear_layer.up.weight": "up",
+    "down.weight": "down",
+    "up.weight": "up",
     "alpha": "alpha",
 }
 _PATTERNS = {
     Family.KOHYA: re.compile(r"(lora_(?:unet|te|te1|te2|te3)_[^.]+)\.(lora_down\.weight|lora_up\.weight|alpha)"),
     Family.DIFFUSERS: re.compile(
         r"((?:unet|transformer|text_encoder|text_encoder_2|text_encoder_3|base_model)\..+)"
-        r"\.(lora_A\.weight|lora_B\.weight|alpha)"
+        r"\.(lora_[AB]\.weight|lora(?:_linear_layer)?\.(?:down|up)\.weight|(?<=_lora\.)(?:down|up)\.weight|alpha)"
     ),
 }
 
@@ -51,13 +58,16 @@ _PEFT_METADATA = "lora_adapter_metadata"  # diffusers saves the adapter's config
 class LoraModule:
     """One changed layer: W + (alpha / rank) * up @ down; `alpha` None means alpha = rank.
 
-    `spatial` tells a kernel larger than 1x1, whose rank and alpha trainers set apart from the others'.
+    `spatial` tells a kernel larger than 1x1, whose rank and alpha trainers set apart from the others'. `down` and `up`
+    name the pair's tensors in the file.
     """
 
     name: str
     rank: int
     alpha: float | None
     spatial: bool = False
+    down: str = field(default="", compare=False, repr=False)
+    up: str = field(default="", compare=False, repr=False)
 
     @property
     def scale(self) -> float:
@@ -102,7 +112,7 @@ def lora_modules(checkpoint: Checkpoint) -> LoraLayout:
             "half_pair",
             f"{len(missing)} of {len(parts)} modules lack a part: {'; '.join(missing[:3])}; save it again",
         )
-    alphas = _peft_alphas(checkpoint) if family is Family.DIFFUSERS else {}
+    alphas = _PeftAlphas.of(checkpoint) if family is Family.DIFFUSERS else _PeftAlphas({}, {})
     return LoraLayout(family, tuple(_module(checkpoint, name, parts[name], alphas) for name in sorted(parts)))
 
 
@@ -141,9 +151,7 @@ def _grouped(checkpoint: Header) -> tuple[Family, dict[str, dict[Role, str]]]:
     return families.pop(), parts
 
 
-def _module(
-    checkpoint: Checkpoint, name: str, parts: Mapping[Role, str], peft_alphas: Mapping[str, float]
-) -> LoraModule:
+def _module(checkpoint: Checkpoint, name: str, parts: Mapping[Role, str], peft_alphas: _PeftAlphas) -> LoraModule:
     down, up = checkpoint.tensors[parts["down"]], checkpoint.tensors[parts["up"]]
 
     def refusal(code: str, reason: str) -> RefusedCheckpointError:
@@ -162,43 +170,76 @@ def _module(
         raise refusal("rank_mismatch", f"down has rank {down.shape[0]}, up has rank {up.shape[1]}")
     spatial = any(size > 1 for size in down.shape[2:])
     if "alpha" not in parts:
-        return LoraModule(name, down.shape[0], peft_alphas.get(name.partition(".")[0]), spatial)
+        return LoraModule(name, down.shape[0], peft_alphas.of_module(name), spatial, parts["down"], parts["up"])
     entry = checkpoint.tensors[parts["alpha"]]
     start, end = checkpoint.bounds(parts["alpha"])
     alpha = scalar(checkpoint.raw[start:end], entry.dtype) if entry.shape in ((), (1,)) else None
     if alpha is None or alpha <= 0:
         raise refusal("lora_alpha", f"alpha is {entry.dtype} {list(entry.shape)} {alpha}; one number above 0 is needed")
-    return LoraModule(name, down.shape[0], alpha, spatial)
+    return LoraModule(name, down.shape[0], alpha, spatial, parts["down"], parts["up"])
 
 
-def _peft_alphas(checkpoint: Checkpoint) -> dict[str, float]:
-    """Return lora_alpha by the model's name, "unet", as diffusers writes it into the metadata.
+@dataclass(frozen=True, slots=True)
+class _PeftAlphas:
+    """The alphas that diffusers keeps in the metadata: by model ("unet"), and by module where they differ."""
 
-    Raises:
-        RefusedCheckpointError: it scales layers singly, or in a way that cannot be read.
-    """
-    text = checkpoint.metadata.get(_PEFT_METADATA)
-    if text is None:
-        return {}
-    try:
-        settings = json.loads(text)
-    except (ValueError, RecursionError):
-        settings = None
-    if not isinstance(settings, dict):
-        raise refused(checkpoint.path, "lora_alpha", f"{_PEFT_METADATA} is no JSON object; save it again")
-    alphas = {}
-    for key, value in settings.items():
-        model, _, setting = key.rpartition(".")
-        odd = setting in ("alpha_pattern", "use_rslora", "use_dora") and value
-        if setting == "lora_alpha" and type(value) in (int, float) and 0 < value < 1e9:
-            alphas[model] = float(value)
-        elif odd or setting == "lora_alpha":
-            raise refused(
-                checkpoint.path,
-                "lora_alpha",
-                f"{_PEFT_METADATA} has {shown(key)}: {value!r:.60}; save it in kohya's form",
-            )
-    return alphas
+    models: Mapping[str, float]
+    modules: Mapping[str, float]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> _PeftAlphas:
+        """Read them.
+
+        Raises:
+            RefusedCheckpointError: they cannot be read, or scale otherwise than alpha / rank.
+        """
+        text = checkpoint.metadata.get(_PEFT_METADATA)
+        if text is None:
+            return cls({}, {})
+        try:
+            settings = json.loads(text)
+        except (ValueError, RecursionError):
+            settings = None
+        if not isinstance(settings, dict):
+            raise refused(checkpoint.path, "lora_alpha", f"{_PEFT_METADATA} is no JSON object; save it again")
+        models: dict[str, float] = {}
+        modules: dict[str, float] = {}
+        for key, value in settings.items():
+            model, _, setting = key.rpartition(".")
+            if setting == "lora_alpha" and _is_alpha(value):
+                models[model] = float(value)
+            elif setting == "alpha_pattern" and _is_pattern(value):
+                modules |= {f"{model}.{module}": float(alpha) for module, alpha in value.items()}
+            elif setting == "lora_alpha" or (setting in ("alpha_pattern", "use_rslora", "use_dora") and value):
+                raise refused(
+                    checkpoint.path,
+                    "lora_alpha",
+                    f"{_PEFT_METADATA} has {shown(key)}: {value!r:.60}; save it in kohya's form",
+                )
+        return cls(models, modules)
+
+    def of_module(self, name: str) -> float | None:
+        """Return a module's alpha; None where nothing is said, which means its rank.
+
+        As in peft, a key names the modules whose path is it or ends with it.
+        """
+        model, _, path = name.partition(".")
+        while path:
+            if (alpha := self.modules.get(f"{model}.{path}")) is not None:
+                return alpha
+            path = path.partition(".")[2]
+        return self.models.get(model)
+
+
+def _is_alpha(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < 1e9  # type: ignore[operator]
+
+
+def _is_pattern(value: object) -> bool:
+    """Whether it maps plain module paths to alphas; peft allows regular expressions, which no trainer writes."""
+    return isinstance(value, dict) and all(
+        re.fullmatch(r"[\w.]+", key) and _is_alpha(alpha) for key, alpha in value.items()
+    )
 
 
 def _is_pair(down: Tensor, up: Tensor) -> bool:

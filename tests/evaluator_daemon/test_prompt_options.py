@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from evaluator_daemon.job import Job
-from evaluator_daemon.renderers.diffusion import SAMPLERS, DiffusionRenderer
+from evaluator_daemon.renderers.diffusion import DiffusionRenderer
+from evaluator_daemon.renderers.sampling import SAMPLERS
 from shared.errors import UnknownPluginError
 from shared.planning import make_plan
 from shared.samplers import SAMPLER_TITLES
