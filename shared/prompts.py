@@ -116,6 +116,8 @@ def parse_line(line: str, where: str) -> Prompt:
             )
         if known.field in values:
             raise SettingsError(f"{where} --{letter}", value.strip(), "the option is there twice; leave one out")
+        if known.field == "negative_prompt" and not value.strip():
+            raise SettingsError(f"{where} --{letter}", "", "write a text behind it")
         values[known.field] = _checked(known, value.strip(), f"{where} --{letter}")
     return _prompt(words, values, where)
 
