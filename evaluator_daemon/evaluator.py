@@ -16,7 +16,8 @@ from pathlib import Path
 from evaluator_daemon.admission import admit, half_network, is_usual_network, require_own_network, standing
 from evaluator_daemon.folder import look_at, max_train_epochs, read_or_none
 from evaluator_daemon.job import Job
-from evaluator_daemon.recording import Memory, changed, given_up, now, read_pictures, write_pictures
+from evaluator_daemon.pictures import AppliedLora, descriptions, read_pictures, write_pictures
+from evaluator_daemon.recording import Memory, changed, given_up, now
 from evaluator_daemon.resident import ResidentModel
 from evaluator_daemon.sweep import TrialView, WeightFile, is_over, is_truncated, open_files
 from evaluator_daemon.watcher import FolderWatch
@@ -172,7 +173,7 @@ class Evaluator:
             modified_ns=modified_ns,
         )
         twin = self.memory.twin_of(name, checkpoint.sha256)
-        if twin is not None and self._is_recorded(twin) and self._copy_twin(record, twin):
+        if twin is not None and self._is_recorded(twin) and self._copy_twin(record, twin, checkpoint):
             return True
         return self._attempt(record, checkpoint, layout, params)
 
@@ -238,13 +239,13 @@ class Evaluator:
         )
         reach("evaluator.rendered")
         folder = self.trial.evaluations.checkpoint(record.checkpoint)
-        write_pictures(folder, judged.pictures)
+        write_pictures(folder, judged.pictures, self._descriptions(checkpoint))
         reach("evaluator.pictures_written")
         write_model(folder.metrics, judged.metrics)
         reach("evaluator.metrics_written")
         return judged.metrics
 
-    def _copy_twin(self, record: CheckpointRecord, twin: CheckpointRecord) -> bool:
+    def _copy_twin(self, record: CheckpointRecord, twin: CheckpointRecord, checkpoint: Checkpoint) -> bool:
         """Record equal content under its second name without rendering it again; False when its pictures are gone."""
         source = self.trial.evaluations.checkpoint(twin.checkpoint)
         metrics = Metrics.model_validate(
@@ -255,7 +256,7 @@ class Evaluator:
         except OSError:
             return False
         folder = self.trial.evaluations.checkpoint(record.checkpoint)
-        write_pictures(folder, pictures)
+        write_pictures(folder, pictures, self._descriptions(checkpoint))
         write_model(folder.metrics, metrics)
         record = changed(record, status="recorded", same_as=twin.checkpoint)
         self.memory.put(record)
@@ -304,6 +305,9 @@ class Evaluator:
     def _stop_if_asked(self) -> None:
         if self._service.stopping:
             raise Stopped(signal.SIGTERM)
+
+    def _descriptions(self, checkpoint: Checkpoint) -> list[str]:
+        return descriptions(self.job, AppliedLora.of(checkpoint, self.job.plan.lora_scale))
 
     def _is_recorded(self, record: CheckpointRecord) -> bool:
         return record.status == "recorded" and self.memory.has_results(record)

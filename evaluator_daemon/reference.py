@@ -13,7 +13,8 @@ from evaluator_daemon.folder import read_or_none
 from evaluator_daemon.job import Job
 from evaluator_daemon.measuring import gate_of, measure, scores_of
 from evaluator_daemon.metrics.base import MetricSource, Picture, RenderedSet
-from evaluator_daemon.recording import now, read_pictures, write_pictures
+from evaluator_daemon.pictures import descriptions, read_pictures, write_pictures
+from evaluator_daemon.recording import now
 from evaluator_daemon.renderers.base import OnStep, Renderer
 from shared.errors import StudyMismatchError
 from shared.files import write_model
@@ -102,7 +103,7 @@ def _make(
         device=renderer.device_name,
         library_versions=renderer.versions,
     )
-    write_pictures(layout, rendering.pictures)
+    write_pictures(layout, rendering.pictures, descriptions(job, None))
     write_model(layout.metrics, metrics)
     log_change(_log, "base model rendered", score=metrics.scores["combined_score"].value, seconds=metrics.seconds.total)
     return Reference(rendering.pictures, metrics)
