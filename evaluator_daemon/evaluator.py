@@ -9,12 +9,14 @@ import contextlib
 import logging
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from evaluator_daemon.admission import admit, half_network, is_usual_network, require_own_network, standing
 from evaluator_daemon.folder import look_at, max_train_epochs, read_or_none
+from evaluator_daemon.gpu_policy import POLICY_LOOK_S, pause_s
 from evaluator_daemon.job import Job
 from evaluator_daemon.pictures import AppliedLora, descriptions, read_pictures, write_pictures
 from evaluator_daemon.recording import Memory, changed, given_up, now
@@ -23,6 +25,7 @@ from evaluator_daemon.sweep import TrialView, WeightFile, is_over, is_truncated,
 from evaluator_daemon.watcher import FolderWatch
 from shared.errors import (
     CheckpointError,
+    DeviceBusyError,
     DiskError,
     IncompleteCheckpointError,
     LabError,
@@ -51,6 +54,7 @@ def evaluate_trial(
     *,
     watch: bool,
     changed_state: Callable[[], None] = lambda: None,
+    deferred: Callable[[], None] = lambda: None,
     previous_crash: str | None = None,
 ) -> None:
     """Evaluate a trial's checkpoints; the work of one evaluator process.
@@ -58,6 +62,7 @@ def evaluate_trial(
     Args:
         watch: go on until the trial is over; otherwise end when all that is there is done.
         changed_state: called after every change of the trial's evaluation_state.json.
+        deferred: called when others need the device; the next `changed_state` says that it goes on.
         previous_crash: how the trial's previous evaluator ended by its own fault; None when it did not, or unknown.
     Raises:
         AlreadyRunningError: another evaluator is at this trial.
@@ -72,7 +77,7 @@ def evaluate_trial(
     with contextlib.ExitStack() as held:
         held.callback(lock.release)
         service = Service()
-        evaluator = Evaluator(job, trial, service, changed_state)
+        evaluator = Evaluator(job, trial, service, changed_state, deferred)
         evaluator.close_unfinished(previous_crash)
         if watch:
             folder_watch = FolderWatch(trial.folder, WAKING_NAMES, service.wake)
@@ -85,7 +90,14 @@ def evaluate_trial(
 class Evaluator:
     """Works through one trial's folder; the model is loaded for the first checkpoint and stays."""
 
-    def __init__(self, job: Job, trial: TrialLayout, service: Service, changed_state: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        trial: TrialLayout,
+        service: Service,
+        changed_state: Callable[[], None],
+        deferred: Callable[[], None] = lambda: None,
+    ) -> None:
         self.job = job
         self.trial = trial
         self.plan_hash = job.plan.digest()
@@ -94,6 +106,10 @@ class Evaluator:
         self._changed_state = changed_state
         self._model = ResidentModel(job, self._stop_if_asked)
         self._waiting: dict[str, str] = {}
+        self._deferred = deferred
+        self._deferrals = 0  # in a row
+        self._said_deferred: str | None = None
+        self._resume_at = 0.0  # seconds of the monotonic clock
 
     def close_unfinished(self, previous_crash: str | None) -> None:
         """Tell strikes from interruptions among the attempts that an earlier process left running."""
@@ -112,6 +128,8 @@ class Evaluator:
             self._service.stop()
 
     def _sweep(self, *, watch: bool) -> None:
+        if time.monotonic() < self._resume_at:
+            return
         looked_at: set[str] = set()
         while not self._service.stopping:
             view = look_at(self.trial, self.memory.records, self.plan_hash, time.time())
@@ -119,11 +137,40 @@ class Evaluator:
             if not todo:
                 if not watch or (is_over(view, self.job.idle_timeout_s) and not open_files(view)):
                     self._service.stop()
+                self._go_on()
+                self._model.rest()
                 return
-            with contextlib.suppress(Stopped):  # the service ends by the signal that asked for it
-                if not self.evaluate(todo[0], view):
-                    looked_at.add(todo[0].name)
+            if training := self._model.held_back():
+                self._model.give_back()
+                self._defer(training, POLICY_LOOK_S)
+                return
+            try:
+                with contextlib.suppress(Stopped):  # the service ends by the signal that asked for it
+                    if not self.evaluate(todo[0], view):
+                        looked_at.add(todo[0].name)
+            except DeviceBusyError as error:
+                self._defer(str(error), pause_s(self._deferrals))
+                self._deferrals += 1
+                return
+            self._go_on()
             self._changed_state()
+
+    def _defer(self, reason: str, look_again_s: float) -> None:
+        """Leave what is open where it is, and come back to it: nothing of this is a checkpoint's fault."""
+        self._resume_at = time.monotonic() + look_again_s
+        timer = threading.Timer(look_again_s, self._service.wake)
+        timer.daemon = True
+        timer.start()
+        if self._said_deferred is None:
+            log_change(_log, "deferred", reason=reason)
+            self._deferred()
+        self._said_deferred = reason
+
+    def _go_on(self) -> None:
+        if self._said_deferred is not None:
+            log_change(_log, "goes on", after=self._said_deferred)
+            self._changed_state()
+        self._said_deferred, self._deferrals = None, 0
 
     def evaluate(self, file: WeightFile, view: TrialView) -> bool:
         """Take one weight file through all steps; False when only time can help it."""
@@ -180,6 +227,12 @@ class Evaluator:
     def _attempt(
         self, record: CheckpointRecord, checkpoint: Checkpoint, layout: LoraLayout, params: TrialParams | None
     ) -> bool:
+        with self._model.turn():
+            return self._attempt_now(record, checkpoint, layout, params)
+
+    def _attempt_now(
+        self, record: CheckpointRecord, checkpoint: Checkpoint, layout: LoraLayout, params: TrialParams | None
+    ) -> bool:
         attempts = (*record.attempts, Attempt(started=now(), outcome="running"))
         record = changed(record, status="evaluating", attempts=attempts)
         self.memory.put(record)
@@ -195,6 +248,9 @@ class Evaluator:
             log_change(_log, "attempt withdrawn", checkpoint=record.checkpoint, reason=error)
             # half an evaluation is none, and the record needs its room
             shutil.rmtree(self.trial.evaluations.checkpoint(record.checkpoint).folder, ignore_errors=True)
+            self.memory.withdraw_attempt(record)
+            raise
+        except DeviceBusyError:
             self.memory.withdraw_attempt(record)
             raise
         except LabError as error:  # a stop, or something the checkpoint is not to blame for

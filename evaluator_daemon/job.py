@@ -11,6 +11,7 @@ from evaluator_daemon.settings import EvaluatorSettings
 from shared.devices import require_device, resolve_device
 from shared.errors import SettingsError, StudyMismatchError
 from shared.files import read_kept
+from shared.gpu_lease import GpuPolicy
 from shared.layout import StudyLayout
 from shared.model_folders import digest_model, require_base_model, require_clip_model
 from shared.planning import make_plan, overrides_of
@@ -31,6 +32,7 @@ class Job:
         threads: CPU threads of one evaluator.
         check_interval_s: how late a new checkpoint may be seen.
         idle_timeout_s: after how much quiet a trial without state files is over.
+        gpu_policy: as the flag says; None to leave it to the study, see `gpu_policy.policy_of`.
     """
 
     root: Path
@@ -41,6 +43,7 @@ class Job:
     threads: int
     check_interval_s: float
     idle_timeout_s: float
+    gpu_policy: GpuPolicy | None = None
 
 
 def study_folder(settings: EvaluatorSettings, *, make: bool) -> StudyLayout:
@@ -102,10 +105,19 @@ def read_run(study: StudyLayout) -> Run | None:
         return None
 
 
+def policy_in(run: Run) -> GpuPolicy | None:
+    """Return how the study has its trainings and evaluations share the device; None where its run.json is older."""
+    recorded = run.settings.get("gpu-policy")
+    return "defer" if recorded == "defer" else "share" if recorded == "share" else None
+
+
 def _job_of_study(loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout, run: Run, plan: EvaluationPlan) -> Job:
     settings = loaded.settings
     if loaded.origins["num_samples"] != "default" and settings.num_samples != plan.num_samples:
         raise _differs(loaded.origins["num_samples"], settings.num_samples, plan.num_samples)
+    policy = policy_in(run)
+    if settings.gpu_policy is not None and policy is not None and settings.gpu_policy != policy:
+        raise _differs(loaded.origins["gpu_policy"], settings.gpu_policy, policy)
     if settings.prompts is not None:
         prompts = read_prompt_file(settings.prompts)
         texts, options = tuple(prompt.text for prompt in prompts), overrides_of(prompts, plan)
@@ -150,6 +162,7 @@ def _job(
         threads=threads,
         check_interval_s=settings.evaluator_check_interval,
         idle_timeout_s=settings.idle_timeout,
+        gpu_policy=settings.gpu_policy,
     )
 
 

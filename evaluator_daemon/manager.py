@@ -21,9 +21,10 @@ from typing import Literal
 
 from evaluator_daemon.commands import lift, refusal_of
 from evaluator_daemon.folder import look_at, read_or_none
+from evaluator_daemon.gpu_policy import policy_of
 from evaluator_daemon.job import Job, find_job, read_run, study_folder
 from evaluator_daemon.news import News
-from evaluator_daemon.process import PRELOADED, run_evaluator_process, wake_on_news
+from evaluator_daemon.process import DEFERRED, PRELOADED, run_evaluator_process, wake_on_news
 from evaluator_daemon.settings import EvaluatorSettings
 from evaluator_daemon.sweep import TrialView, back_off_s, is_over, open_files, wanted_trials
 from evaluator_daemon.watcher import FolderWatch
@@ -75,6 +76,7 @@ class RunningEvaluator:
     messages: Connection
     started: datetime
     handled: bool = False  # asked to end
+    deferred: bool = False  # others need the device now
 
 
 @dataclass
@@ -238,7 +240,7 @@ class Manager:
         for name, running in list(self._running.items()):
             while running.messages.poll():
                 try:
-                    running.messages.recv_bytes()
+                    running.deferred = running.messages.recv_bytes() == DEFERRED
                 except EOFError:
                     break
             if running.process.is_alive():
@@ -344,7 +346,7 @@ class Manager:
             started=self._started,
             heartbeat=datetime.now().astimezone(),
             device=self._job.device if self._job else self._loaded.settings.device,
-            gpu_policy="share",
+            gpu_policy=policy_of(self._study, self._loaded.settings.gpu_policy),
             waiting_checkpoints=sum(_is_complete(path) for path in waiting),
             evaluators=tuple(_active(name, running, by_name.get(name)) for name, running in self._running.items()),
             quarantine=tuple(_quarantined(name, record) for name, record in quarantined),
@@ -382,7 +384,8 @@ def _terminate(running: RunningEvaluator) -> None:
 def _active(name: str, running: RunningEvaluator, trial: TrialView | None) -> ActiveEvaluator:
     in_hand = next((r.checkpoint for r in (trial.records if trial else ()) if r.status == "evaluating"), None)
     assert running.process.pid is not None
-    activity: Literal["evaluating", "waiting"] = "evaluating" if in_hand else "waiting"
+    activity: Literal["evaluating", "waiting", "deferred"]
+    activity = "evaluating" if in_hand else "deferred" if running.deferred else "waiting"
     return ActiveEvaluator(
         trial_name=name, pid=running.process.pid, started=running.started, activity=activity, checkpoint=in_hand
     )

@@ -13,7 +13,8 @@
     │       ├── IncompleteCheckpointError   still being written, or truncated
     │       └── RefusedCheckpointError      whole, but malformed, hostile or worthless
     ├── ResourceError               4   GPU, disk, memory or model missing; worth retrying
-    │   ├── DeviceMemoryError           the device's memory ran out, or would; it may be free later
+    │   ├── DeviceBusyError             others need the device, or its memory, now: wait
+    │   ├── DeviceMemoryError           the device's memory ran out
     │   └── DiskError                   ENOSPC, EIO and their kin while writing state
     └── Stopped                   130   an orderly stop by SIGINT (130) or SIGTERM (143)
 
@@ -126,8 +127,12 @@ class ResourceError(LabError):
     exit_code = 4
 
 
+class DeviceBusyError(ResourceError):
+    """Others need the device, or its memory, now; nothing is wrong, and waiting helps."""
+
+
 class DeviceMemoryError(ResourceError):
-    """The memory of the device that renders does not suffice now; whose fault that is nobody knows here."""
+    """The memory of the device ran out; whether others took it is not known here."""
 
 
 class DiskError(ResourceError):

@@ -17,7 +17,6 @@ from evaluator_daemon.renderers.layer_names import LayerNames, component_of
 from evaluator_daemon.renderers.lora_layers import applied, require_used
 from evaluator_daemon.renderers.sampling import decode, denoise, make_scheduler, noise, require_sampler
 from shared.errors import DeviceMemoryError, ResourceError
-from shared.gpu_lease import GpuLease
 from shared.safetensors_file import Checkpoint, LoraLayout
 from shared.schemas import PlannedSample
 
@@ -149,8 +148,3 @@ def _device(name: str) -> torch.device:
     if (device.index or 0) >= torch.cuda.device_count():
         raise ResourceError(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices; name another")
     return torch.device("cuda", device.index or 0)
-
-
-def gpu_lease(device: str) -> GpuLease:
-    """The lease of the card behind "cuda" or "cuda:N", for evaluators."""
-    return GpuLease(f"GPU-{torch.cuda.get_device_properties(_device(device)).uuid}", "evaluator")
