@@ -109,6 +109,7 @@ class Evaluator:
         self._deferred = deferred
         self._deferrals = 0  # in a row
         self._said_deferred: str | None = None
+        self._shows_deferred = False  # to the manager
         self._resume_at = 0.0  # seconds of the monotonic clock
 
     def close_unfinished(self, previous_crash: str | None) -> None:
@@ -163,14 +164,15 @@ class Evaluator:
         timer.start()
         if self._said_deferred is None:
             log_change(_log, "deferred", reason=reason)
+        if not self._shows_deferred:
             self._deferred()
-        self._said_deferred = reason
+        self._said_deferred, self._shows_deferred = reason, True
 
     def _go_on(self) -> None:
         if self._said_deferred is not None:
             log_change(_log, "goes on", after=self._said_deferred)
             self._changed_state()
-        self._said_deferred, self._deferrals = None, 0
+        self._said_deferred, self._deferrals, self._shows_deferred = None, 0, False
 
     def evaluate(self, file: WeightFile, view: TrialView) -> bool:
         """Take one weight file through all steps; False when only time can help it."""
@@ -237,6 +239,7 @@ class Evaluator:
         record = changed(record, status="evaluating", attempts=attempts)
         self.memory.put(record)
         reach("evaluator.attempt_written")
+        self._shows_deferred = False
         self._changed_state()
         try:
             metrics = self._measured(record, checkpoint, layout, params)
