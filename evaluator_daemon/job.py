@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from evaluator_daemon.settings import EvaluatorSettings
@@ -33,6 +33,7 @@ class Job:
         check_interval_s: how late a new checkpoint may be seen.
         idle_timeout_s: after how much quiet a trial without state files is over.
         gpu_policy: as the flag says; None to leave it to the study, see `gpu_policy.policy_of`.
+        from_run: the plan is that of run.json, not one made from flags.
     """
 
     root: Path
@@ -44,6 +45,7 @@ class Job:
     check_interval_s: float
     idle_timeout_s: float
     gpu_policy: GpuPolicy | None = None
+    from_run: bool = False
 
 
 def study_folder(settings: EvaluatorSettings, *, make: bool) -> StudyLayout:
@@ -97,6 +99,26 @@ def find_job(loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout) -> J
     return _job(settings, study, plan, settings.base_model, settings.clip_model, threads)
 
 
+def adopt_run(loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout, job: Job, run: Run | None) -> Job:
+    """Return the job that holds now that run.json says `run`.
+
+    A manager that was started before its study goes by its flags until run.json appears; when no flag contradicts it,
+    the study's plan, with all that no flag names, takes the place of theirs. Where the plans differ in that, whatever
+    evaluates by the old one has to be started anew.
+
+    Raises:
+        StudyMismatchError: a flag differs, and the message has both values; or the run.json that the job is from was
+            replaced by another study's.
+    """
+    if run is None or (job.from_run and run.plan == job.plan):
+        return job
+    if job.from_run:
+        raise StudyMismatchError(f"{study.run} holds another plan than the one evaluated here; start again")
+    adopted = find_job(loaded, study)
+    assert adopted is not None, "there is a run.json"
+    return adopted
+
+
 def read_run(study: StudyLayout) -> Run | None:
     """Return run.json, None while there is none."""
     try:
@@ -142,7 +164,7 @@ def _job_of_study(loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout,
         raise StudyMismatchError(
             f"{clip_model or 'no CLIP model'}: the study was started with another CLIP; name that one by --clip-model"
         )
-    return _job(settings, study, plan, base_model, clip_model, run.threads_per_process)
+    return replace(_job(settings, study, plan, base_model, clip_model, run.threads_per_process), from_run=True)
 
 
 def _job(
