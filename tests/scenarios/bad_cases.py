@@ -561,6 +561,11 @@ STUDIES = [
     Case(
         "study: another name", ("--study-name: lora_study -> other", "use those again"), flags("--study-name", "other")
     ),
+    Case(
+        "flags: a policy that is none",
+        ("--gpu-policy: 'never'", "input should be 'share' or 'defer'"),
+        flags("--gpu-policy", "never"),
+    ),
     Case("study: another plan", ("--num-samples: 2 -> 4",), flags("--num-samples", 4)),
     Case("study: another space", ("--search-space:", "space.toml -> v1"), flags("--search-space", "v1")),
     Case(
@@ -673,6 +678,21 @@ EVALUATOR_OF_STUDY = [
         "evaluator: other pictures",
         ("--num-samples is 3, but the study's run.json has 2", "leave the flag out"),
         lambda world: world.evaluator("--num-samples", 3),
+    ),
+    Case(
+        "evaluator: another GPU policy",
+        ("--gpu-policy is 'defer', but the study's run.json has 'share'", "leave the flag out"),
+        lambda world: world.evaluator("--gpu-policy", "defer"),
+    ),
+    Case(
+        "evaluator: prompts with other options",
+        ("--prompts (the options) is [{}, {'width': 72}]", "but the study's run.json has []"),
+        after(
+            lambda w: (w.folder / "p.txt").write_text(
+                "\n".join(f"{text} {'--w 72' if i == 1 else ''}" for i, text in enumerate(w.run_json.plan.prompts))
+            ),
+            lambda w: w.evaluator("--prompts", w.folder / "p.txt"),
+        ),
     ),
     Case(
         "evaluator: another base model",
