@@ -15,7 +15,7 @@ from multiprocessing.context import ForkServerProcess
 from typing import Literal
 
 from evaluator_daemon.job import Job
-from evaluator_daemon.process import PRELOADED, run_evaluator_process, wake_on_news
+from evaluator_daemon.process import DEFERRED, PRELOADED, run_evaluator_process, wake_on_news
 from evaluator_daemon.restarts import BREAKER_S, Restarts
 from evaluator_daemon.sweep import SETTLED, TrialView
 from shared.failpoints import reach
@@ -36,6 +36,7 @@ class RunningEvaluator:
         settled: settled checkpoints of its trial when it was first seen; None until then.
         has_settled: there are more by now.
         handled: asked to end.
+        deferred: others need the device now.
     """
 
     process: ForkServerProcess
@@ -44,6 +45,7 @@ class RunningEvaluator:
     settled: int | None = None
     has_settled: bool = False
     handled: bool = False
+    deferred: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Evaluators:
         for name, running in self._running.items():
             while running.messages.poll():
                 try:
-                    running.messages.recv_bytes()
+                    running.deferred = running.messages.recv_bytes() == DEFERRED
                 except EOFError:
                     break
             if not running.process.is_alive():
@@ -198,7 +200,8 @@ class Evaluators:
 def _active(name: str, running: RunningEvaluator, trial: TrialView | None) -> ActiveEvaluator:
     in_hand = next((r.checkpoint for r in (trial.records if trial else ()) if r.status == "evaluating"), None)
     assert running.process.pid is not None
-    activity: Literal["evaluating", "waiting"] = "evaluating" if in_hand else "waiting"
+    activity: Literal["evaluating", "waiting", "deferred"]
+    activity = "evaluating" if in_hand else "deferred" if running.deferred else "waiting"
     return ActiveEvaluator(
         trial_name=name, pid=running.process.pid, started=running.started, activity=activity, checkpoint=in_hand
     )

@@ -9,19 +9,23 @@ import contextlib
 import logging
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from evaluator_daemon.admission import admit, half_network, is_usual_network, require_own_network, standing
 from evaluator_daemon.folder import look_at, max_train_epochs, read_or_none
+from evaluator_daemon.gpu_policy import POLICY_LOOK_S, pause_s
 from evaluator_daemon.job import Job
-from evaluator_daemon.recording import Memory, changed, given_up, now, read_pictures, write_pictures
+from evaluator_daemon.pictures import AppliedLora, descriptions, read_pictures, write_pictures
+from evaluator_daemon.recording import Memory, changed, given_up, now
 from evaluator_daemon.resident import ResidentModel
 from evaluator_daemon.sweep import TrialView, WeightFile, is_over, is_truncated, open_files
 from evaluator_daemon.watcher import FolderWatch
 from shared.errors import (
     CheckpointError,
+    DeviceBusyError,
     DiskError,
     IncompleteCheckpointError,
     LabError,
@@ -50,6 +54,7 @@ def evaluate_trial(
     *,
     watch: bool,
     changed_state: Callable[[], None] = lambda: None,
+    deferred: Callable[[], None] = lambda: None,
     previous_crash: str | None = None,
 ) -> None:
     """Evaluate a trial's checkpoints; the work of one evaluator process.
@@ -57,6 +62,7 @@ def evaluate_trial(
     Args:
         watch: go on until the trial is over; otherwise end when all that is there is done.
         changed_state: called after every change of the trial's evaluation_state.json.
+        deferred: called when others need the device; the next `changed_state` says that it goes on.
         previous_crash: how the trial's previous evaluator ended by its own fault; None when it did not, or unknown.
     Raises:
         AlreadyRunningError: another evaluator is at this trial.
@@ -71,7 +77,7 @@ def evaluate_trial(
     with contextlib.ExitStack() as held:
         held.callback(lock.release)
         service = Service()
-        evaluator = Evaluator(job, trial, service, changed_state)
+        evaluator = Evaluator(job, trial, service, changed_state, deferred)
         evaluator.close_unfinished(previous_crash)
         if watch:
             folder_watch = FolderWatch(trial.folder, WAKING_NAMES, service.wake)
@@ -84,7 +90,14 @@ def evaluate_trial(
 class Evaluator:
     """Works through one trial's folder; the model is loaded for the first checkpoint and stays."""
 
-    def __init__(self, job: Job, trial: TrialLayout, service: Service, changed_state: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        trial: TrialLayout,
+        service: Service,
+        changed_state: Callable[[], None],
+        deferred: Callable[[], None] = lambda: None,
+    ) -> None:
         self.job = job
         self.trial = trial
         self.plan_hash = job.plan.digest()
@@ -93,6 +106,11 @@ class Evaluator:
         self._changed_state = changed_state
         self._model = ResidentModel(job, self._stop_if_asked)
         self._waiting: dict[str, str] = {}
+        self._deferred = deferred
+        self._deferrals = 0  # in a row
+        self._said_deferred: str | None = None
+        self._shows_deferred = False  # to the manager
+        self._resume_at = 0.0  # seconds of the monotonic clock
 
     def close_unfinished(self, previous_crash: str | None) -> None:
         """Tell strikes from interruptions among the attempts that an earlier process left running."""
@@ -111,6 +129,8 @@ class Evaluator:
             self._service.stop()
 
     def _sweep(self, *, watch: bool) -> None:
+        if time.monotonic() < self._resume_at:
+            return
         looked_at: set[str] = set()
         while not self._service.stopping:
             view = look_at(self.trial, self.memory.records, self.plan_hash, time.time())
@@ -118,11 +138,41 @@ class Evaluator:
             if not todo:
                 if not watch or (is_over(view, self.job.idle_timeout_s) and not open_files(view)):
                     self._service.stop()
+                self._go_on()
+                self._model.rest()
                 return
-            with contextlib.suppress(Stopped):  # the service ends by the signal that asked for it
-                if not self.evaluate(todo[0], view):
-                    looked_at.add(todo[0].name)
+            if training := self._model.held_back():
+                self._model.give_back()
+                self._defer(training, POLICY_LOOK_S)
+                return
+            try:
+                with contextlib.suppress(Stopped):  # the service ends by the signal that asked for it
+                    if not self.evaluate(todo[0], view):
+                        looked_at.add(todo[0].name)
+            except DeviceBusyError as error:
+                self._defer(str(error), pause_s(self._deferrals))
+                self._deferrals += 1
+                return
+            self._go_on()
             self._changed_state()
+
+    def _defer(self, reason: str, look_again_s: float) -> None:
+        """Leave what is open where it is, and come back to it: nothing of this is a checkpoint's fault."""
+        self._resume_at = time.monotonic() + look_again_s
+        timer = threading.Timer(look_again_s, self._service.wake)
+        timer.daemon = True
+        timer.start()
+        if self._said_deferred is None:
+            log_change(_log, "deferred", reason=reason)
+        if not self._shows_deferred:
+            self._deferred()
+        self._said_deferred, self._shows_deferred = reason, True
+
+    def _go_on(self) -> None:
+        if self._said_deferred is not None:
+            log_change(_log, "goes on", after=self._said_deferred)
+            self._changed_state()
+        self._said_deferred, self._deferrals, self._shows_deferred = None, 0, False
 
     def evaluate(self, file: WeightFile, view: TrialView) -> bool:
         """Take one weight file through all steps; False when only time can help it."""
@@ -172,17 +222,24 @@ class Evaluator:
             modified_ns=modified_ns,
         )
         twin = self.memory.twin_of(name, checkpoint.sha256)
-        if twin is not None and self._is_recorded(twin) and self._copy_twin(record, twin):
+        if twin is not None and self._is_recorded(twin) and self._copy_twin(record, twin, checkpoint):
             return True
         return self._attempt(record, checkpoint, layout, params)
 
     def _attempt(
         self, record: CheckpointRecord, checkpoint: Checkpoint, layout: LoraLayout, params: TrialParams | None
     ) -> bool:
+        with self._model.turn():
+            return self._attempt_now(record, checkpoint, layout, params)
+
+    def _attempt_now(
+        self, record: CheckpointRecord, checkpoint: Checkpoint, layout: LoraLayout, params: TrialParams | None
+    ) -> bool:
         attempts = (*record.attempts, Attempt(started=now(), outcome="running"))
         record = changed(record, status="evaluating", attempts=attempts)
         self.memory.put(record)
         reach("evaluator.attempt_written")
+        self._shows_deferred = False
         self._changed_state()
         try:
             metrics = self._measured(record, checkpoint, layout, params)
@@ -194,6 +251,9 @@ class Evaluator:
             log_change(_log, "attempt withdrawn", checkpoint=record.checkpoint, reason=error)
             # half an evaluation is none, and the record needs its room
             shutil.rmtree(self.trial.evaluations.checkpoint(record.checkpoint).folder, ignore_errors=True)
+            self.memory.withdraw_attempt(record)
+            raise
+        except DeviceBusyError:
             self.memory.withdraw_attempt(record)
             raise
         except LabError as error:  # a stop, or something the checkpoint is not to blame for
@@ -238,13 +298,13 @@ class Evaluator:
         )
         reach("evaluator.rendered")
         folder = self.trial.evaluations.checkpoint(record.checkpoint)
-        write_pictures(folder, judged.pictures)
+        write_pictures(folder, judged.pictures, self._descriptions(checkpoint))
         reach("evaluator.pictures_written")
         write_model(folder.metrics, judged.metrics)
         reach("evaluator.metrics_written")
         return judged.metrics
 
-    def _copy_twin(self, record: CheckpointRecord, twin: CheckpointRecord) -> bool:
+    def _copy_twin(self, record: CheckpointRecord, twin: CheckpointRecord, checkpoint: Checkpoint) -> bool:
         """Record equal content under its second name without rendering it again; False when its pictures are gone."""
         source = self.trial.evaluations.checkpoint(twin.checkpoint)
         metrics = Metrics.model_validate(
@@ -255,7 +315,7 @@ class Evaluator:
         except OSError:
             return False
         folder = self.trial.evaluations.checkpoint(record.checkpoint)
-        write_pictures(folder, pictures)
+        write_pictures(folder, pictures, self._descriptions(checkpoint))
         write_model(folder.metrics, metrics)
         record = changed(record, status="recorded", same_as=twin.checkpoint)
         self.memory.put(record)
@@ -304,6 +364,9 @@ class Evaluator:
     def _stop_if_asked(self) -> None:
         if self._service.stopping:
             raise Stopped(signal.SIGTERM)
+
+    def _descriptions(self, checkpoint: Checkpoint) -> list[str]:
+        return descriptions(self.job, AppliedLora.of(checkpoint, self.job.plan.lora_scale))
 
     def _is_recorded(self, record: CheckpointRecord) -> bool:
         return record.status == "recorded" and self.memory.has_results(record)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from evaluator_daemon.settings import EvaluatorSettings
 from shared.devices import require_device, resolve_device
 from shared.errors import SettingsError, StudyMismatchError
 from shared.files import read_kept
+from shared.gpu_lease import GpuPolicy
 from shared.layout import StudyLayout
 from shared.model_folders import digest_model, require_base_model, require_clip_model
-from shared.planning import make_plan
+from shared.planning import make_plan, overrides_of
 from shared.prompts import read_prompt_file
-from shared.schemas import EvaluationPlan, Run
+from shared.schemas import EvaluationPlan, PromptOptions, Run
 from shared.settings import LoadedSettings, make_writable_folder
 
 
@@ -30,6 +32,8 @@ class Job:
         threads: CPU threads of one evaluator.
         check_interval_s: how late a new checkpoint may be seen.
         idle_timeout_s: after how much quiet a trial without state files is over.
+        gpu_policy: as the flag says; None to leave it to the study, see `gpu_policy.policy_of`.
+        from_run: the plan is that of run.json, not one made from flags.
     """
 
     root: Path
@@ -40,6 +44,8 @@ class Job:
     threads: int
     check_interval_s: float
     idle_timeout_s: float
+    gpu_policy: GpuPolicy | None = None
+    from_run: bool = False
 
 
 def study_folder(settings: EvaluatorSettings, *, make: bool) -> StudyLayout:
@@ -94,6 +100,26 @@ def find_job(loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout) -> J
     return _job(settings, study, plan, settings.base_model, settings.clip_model, threads)
 
 
+def adopt_run(loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout, job: Job, run: Run | None) -> Job:
+    """Return the job that holds now that run.json says `run`.
+
+    A manager that was started before its study goes by its flags until run.json appears; when no flag contradicts it,
+    the study's plan, with all that no flag names, takes the place of theirs. Where the plans differ in that, whatever
+    evaluates by the old one has to be started anew.
+
+    Raises:
+        StudyMismatchError: a flag differs, and the message has both values; or the run.json that the job is from was
+            replaced by another study's.
+    """
+    if run is None or (job.from_run and run.plan == job.plan):
+        return job
+    if job.from_run:
+        raise StudyMismatchError(f"{study.run} holds another plan than the one evaluated here; start again")
+    adopted = find_job(loaded, study)
+    assert adopted is not None, "there is a run.json"
+    return adopted
+
+
 def read_run(study: StudyLayout) -> Run | None:
     """Return run.json, None while there is none."""
     try:
@@ -102,14 +128,28 @@ def read_run(study: StudyLayout) -> Run | None:
         return None
 
 
+def policy_in(run: Run) -> GpuPolicy | None:
+    """Return how the study has its trainings and evaluations share the device; None where its run.json is older."""
+    recorded = run.settings.get("gpu-policy")
+    return "defer" if recorded == "defer" else "share" if recorded == "share" else None
+
+
 def _job_of_study(loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout, run: Run, plan: EvaluationPlan) -> Job:
     settings = loaded.settings
     for name in ("num_samples", "lora_scale"):
         here, there = getattr(settings, name), getattr(plan, name)
         if loaded.origins[name] != "default" and here != there:
             raise _differs(loaded.origins[name], here, there)
-    if settings.prompts is not None and (prompts := read_prompt_file(settings.prompts)) != plan.prompts:
-        raise _differs(loaded.origins["prompts"], list(prompts), list(plan.prompts))
+    policy = policy_in(run)
+    if settings.gpu_policy is not None and policy is not None and settings.gpu_policy != policy:
+        raise _differs(loaded.origins["gpu_policy"], settings.gpu_policy, policy)
+    if settings.prompts is not None:
+        prompts = read_prompt_file(settings.prompts)
+        texts, options = tuple(prompt.text for prompt in prompts), overrides_of(prompts, plan)
+        if texts != plan.prompts:
+            raise _differs(loaded.origins["prompts"], list(texts), list(plan.prompts))
+        if options != plan.overrides:
+            raise _differs(f"{loaded.origins['prompts']} (the options)", _shown(options), _shown(plan.overrides))
     base_model = settings.base_model or (Path(run.base_model) if run.base_model else None)
     if base_model is None:
         raise SettingsError("--base-model", None, f"{study.run} names no base model; name it here")
@@ -127,7 +167,7 @@ def _job_of_study(loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout,
         raise StudyMismatchError(
             f"{clip_model or 'no CLIP model'}: the study was started with another CLIP; name that one by --clip-model"
         )
-    return _job(settings, study, plan, base_model, clip_model, run.threads_per_process)
+    return replace(_job(settings, study, plan, base_model, clip_model, run.threads_per_process), from_run=True)
 
 
 def _job(
@@ -147,7 +187,12 @@ def _job(
         threads=threads,
         check_interval_s=settings.evaluator_check_interval,
         idle_timeout_s=settings.idle_timeout,
+        gpu_policy=settings.gpu_policy,
     )
+
+
+def _shown(overrides: Sequence[PromptOptions]) -> list[dict[str, object]]:
+    return [options.model_dump(exclude_none=True) for options in overrides]
 
 
 def _differs(flag: str, here: object, there: object) -> StudyMismatchError:

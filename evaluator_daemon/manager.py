@@ -15,6 +15,7 @@ from typing import Literal
 
 from evaluator_daemon.children import Ended, Evaluators
 from evaluator_daemon.commands import lift, refusal_of
+from evaluator_daemon.gpu_policy import policy_of
 from evaluator_daemon.home import Home
 from evaluator_daemon.job import Job, find_job, read_run, study_folder
 from evaluator_daemon.lookout import FULL_SWEEP_S, Lookout, quarantined_in
@@ -352,7 +353,7 @@ class Manager:
             started=self._started,
             heartbeat=self._written.heartbeat if self._written else self._started,
             device=self._job.device if self._job else self._loaded.settings.device,
-            gpu_policy="share",
+            gpu_policy=policy_of(self._study, self._loaded.settings.gpu_policy),
             waiting_checkpoints=self._count_complete(trials),
             evaluators=self._evaluators.active(trials),
             quarantine=tuple(

@@ -27,6 +27,9 @@ PRELOADED = (
 )
 """What the fork server imports once, so that an evaluator starts in a moment and shares the memory."""
 
+NEWS, DEFERRED = b"news", b"deferred"
+"""What an evaluator tells the manager: its records have changed; others need the device now."""
+
 _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 _SERVICE_VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
@@ -50,7 +53,8 @@ def run_evaluator_process(job: Job, trial: Path, watch: bool, previous_exit: int
                 trial,
                 watch=watch,
                 previous_crash=crash_text(previous_exit),
-                changed_state=lambda: messages.send_bytes(b"news"),
+                changed_state=lambda: messages.send_bytes(NEWS),
+                deferred=lambda: messages.send_bytes(DEFERRED),
             )
         except LabError as error:
             log_change(_log, "ended", level=logging.WARNING, reason=error)

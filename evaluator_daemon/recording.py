@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import logging
-from collections.abc import Sequence
 from datetime import datetime
 
-import numpy as np
-from PIL import Image
-
 from evaluator_daemon.folder import has_results, read_or_none
-from evaluator_daemon.metrics.base import Picture
 from evaluator_daemon.sweep import SETTLED, quarantine_code
-from shared.errors import DiskError
-from shared.files import read_or_set_aside, sweep_temp_files, write_bytes, write_model
-from shared.layout import EvaluationsLayout, RenderLayout
+from shared.files import read_or_set_aside, sweep_temp_files, write_model
+from shared.layout import EvaluationsLayout
 from shared.logs import log_change
 from shared.schemas import (
     Attempt,
@@ -28,7 +21,6 @@ from shared.schemas import (
 )
 from shared.schemas.evaluator import CheckpointStatus, Outcome
 
-_GRID_COLUMNS = 4
 _log = logging.getLogger(__name__)
 
 
@@ -197,60 +189,6 @@ def given_up(
 ) -> CheckpointRecord:
     """Return the record with the reason why it is quarantined, or truncated."""
     return changed(record, status=status, quarantine=Quarantine(code=code, reason=reason, since=now()))
-
-
-def write_pictures(layout: RenderLayout, pictures: Sequence[Picture]) -> None:
-    """Write each sample and the grid; samples of an earlier, larger plan go.
-
-    Raises:
-        DiskError: no room, or the folder above is gone: a trial that somebody removed must not come back.
-        FileExistsError: a file stands at the folder's name.
-    """
-    try:
-        layout.folder.mkdir(exist_ok=True)
-    except FileExistsError:
-        raise
-    except OSError as error:
-        raise DiskError(layout.folder, error) from error
-    sweep_temp_files(layout.folder)
-    for index, picture in enumerate(pictures):
-        write_bytes(layout.sample(index), _png(picture))
-    write_bytes(layout.grid, _png(grid(pictures)))
-    extra = len(pictures)
-    while layout.sample(extra).exists():
-        layout.sample(extra).unlink()
-        extra += 1
-
-
-def read_pictures(layout: RenderLayout, count: int) -> list[Picture]:
-    """Read samples 0 to count - 1 back.
-
-    Raises:
-        OSError: one is missing or no picture.
-    """
-    pictures = []
-    for index in range(count):
-        with Image.open(layout.sample(index)) as image:
-            pictures.append(np.asarray(image.convert("RGB")))
-    return pictures
-
-
-def grid(pictures: Sequence[Picture]) -> Picture:
-    """Lay pictures of one size out row by row, four in a row; an unfilled end stays black."""
-    columns = min(_GRID_COLUMNS, len(pictures))
-    rows = -(-len(pictures) // columns)
-    height, width, _ = pictures[0].shape
-    sheet = np.zeros((rows * height, columns * width, 3), np.uint8)
-    for index, picture in enumerate(pictures):
-        top, left = index // columns * height, index % columns * width
-        sheet[top : top + height, left : left + width] = picture
-    return sheet
-
-
-def _png(picture: Picture) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _fits(metrics: Metrics, record: CheckpointRecord) -> bool:

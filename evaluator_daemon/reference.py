@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -13,7 +13,8 @@ from evaluator_daemon.folder import read_or_none
 from evaluator_daemon.job import Job
 from evaluator_daemon.measuring import gate_of, measure, scores_of
 from evaluator_daemon.metrics.base import MetricSource, Picture, RenderedSet
-from evaluator_daemon.recording import now, read_pictures, write_pictures
+from evaluator_daemon.pictures import descriptions, read_pictures, write_pictures
+from evaluator_daemon.recording import now
 from evaluator_daemon.renderers.base import OnStep, Renderer
 from shared.errors import StudyMismatchError
 from shared.files import write_model
@@ -64,7 +65,7 @@ def find_reference(job: Job, renderer: Renderer, sources: Sequence[MetricSource]
 def samples_of(job: Job) -> tuple[Sample, ...]:
     """The plan's samples as metrics.json lists them."""
     grid = [job.plan.sample(index) for index in range(job.plan.num_samples)]
-    return tuple(Sample(file=f"sample_{i}.png", prompt=prompt, seed=seed) for i, (prompt, seed) in enumerate(grid))
+    return tuple(Sample(file=f"sample_{index}.png", **asdict(sample)) for index, sample in enumerate(grid))
 
 
 def _read(layout: RenderLayout, job: Job) -> Reference | None:
@@ -102,7 +103,7 @@ def _make(
         device=renderer.device_name,
         library_versions=renderer.versions,
     )
-    write_pictures(layout, rendering.pictures)
+    write_pictures(layout, rendering.pictures, descriptions(job, None))
     write_model(layout.metrics, metrics)
     log_change(_log, "base model rendered", score=metrics.scores["combined_score"].value, seconds=metrics.seconds.total)
     return Reference(rendering.pictures, metrics)

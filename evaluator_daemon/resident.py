@@ -6,11 +6,14 @@ Loaded for the first checkpoint, so that a process that only waits costs little.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from evaluator_daemon.admission import half_network
+from evaluator_daemon.gpu import DeviceGate, free_everything, is_out_of_memory
+from evaluator_daemon.gpu_policy import pause_s
 from evaluator_daemon.job import Job
 from evaluator_daemon.measuring import gate_of, measure, scores_of
 from evaluator_daemon.metrics import METRICS
@@ -19,10 +22,15 @@ from evaluator_daemon.recording import now
 from evaluator_daemon.reference import Reference, find_reference, samples_of
 from evaluator_daemon.renderers import RENDERERS
 from evaluator_daemon.renderers.base import Renderer
-from shared.errors import ResourceError
+from shared.errors import DeviceBusyError, DeviceMemoryError
+from shared.logs import log_change
 from shared.safetensors_file import Checkpoint, LoraLayout
 from shared.schemas import Metrics, PhaseSeconds
 from shared.scoring_presets import metrics_of
+
+_LOOK_S = 0.5
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,44 @@ class ResidentModel:
         self._renderer: Renderer | None = None
         self._sources: list[MetricSource] = []
         self._reference: Reference | None = None
+        self._gate = DeviceGate(job, self.give_back, stop_if_asked)
+        self._has_turn = False
+
+    def held_back(self) -> str | None:
+        """Say which training the study's policy has us wait for; None when there is none."""
+        return self._gate.held_back()
+
+    @contextlib.contextmanager
+    def turn(self, *, patient: bool = False) -> Iterator[None]:
+        """Have the device for one checkpoint; one inside another is the same turn.
+
+        Args:
+            patient: wait until it comes.
+        Raises:
+            DeviceBusyError: others need the device or its memory now; ours has been given back.
+            ResourceError: the device is not there.
+            Stopped: by `stop_if_asked`, while waiting.
+        """
+        if self._has_turn:
+            yield
+            return
+        self._enter(patient=patient)
+        self._has_turn = True
+        try:
+            yield
+        finally:
+            self._has_turn = False
+            self._gate.leave()
+
+    def give_back(self) -> None:
+        """Free the device's memory; the next checkpoint loads the model again. The base model's pictures stay."""
+        self._renderer, self._sources = None, []
+        free_everything(self._job.device)
+
+    def rest(self) -> None:
+        """Nothing is left to do for now: a GPU's memory is the training's until there is."""
+        if self._gate.is_gpu and self._renderer is not None:
+            self.give_back()
 
     def judge(
         self,
@@ -65,22 +111,38 @@ class ResidentModel:
             is_usual: the file must hold every layer that a usual LoRA of the parts it touches has.
         Raises:
             RefusedCheckpointError: it does not fit the base model, or not all of it was applied.
-            ResourceError: the device has no room for it now.
+            DeviceBusyError: memory ran out, even for half a batch, while others had some of it.
+            ResourceError: the device is too small for it.
             StudyMismatchError: this machine renders other pictures than the study's.
             Stopped: by `stop_if_asked`.
         """
-        with self._gpu():
-            renderer, reference = self._ready()
-            if is_usual and (missing := renderer.left_out(layout)):
-                raise half_network(checkpoint.path, sorted(missing), "of the layers that networks.lora adapts")
-            begin = time.monotonic()
-            with renderer.lora(checkpoint, layout):
-                loaded = time.monotonic()
-                rendering = renderer.render(self._stop_if_asked)
-            rendered_at = time.monotonic()
-            prompts = [sample.prompt for sample in samples_of(self._job)]
-            rendered = RenderedSet(rendering.pictures, prompts, reference.pictures)
-            figures = measure(self._sources, rendered)
+        with self.turn(patient=True):
+            try:
+                judgement = self._judge(checkpoint, layout, of=of, epoch=epoch, is_usual=is_usual)
+            except Exception as error:
+                if not isinstance(error, DeviceMemoryError) and not is_out_of_memory(error):
+                    raise
+                reason = str(error).partition("\n")[0]
+            else:
+                self._gate.note_success()
+                return judgement
+            self.give_back()  # outside the except: the traceback holds the tensors
+            raise self._gate.after_running_out(reason)
+
+    def _judge(
+        self, checkpoint: Checkpoint, layout: LoraLayout, *, of: str, epoch: int | None, is_usual: bool
+    ) -> Judgement:
+        renderer, reference = self._ready()
+        if is_usual and (missing := renderer.left_out(layout)):
+            raise half_network(checkpoint.path, sorted(missing), "of the layers that networks.lora adapts")
+        begin = time.monotonic()
+        with renderer.lora(checkpoint, layout):
+            loaded = time.monotonic()
+            rendering = renderer.render(self._stop_if_asked)
+        rendered_at = time.monotonic()
+        prompts = [sample.prompt for sample in samples_of(self._job)]
+        rendered = RenderedSet(rendering.pictures, prompts, reference.pictures)
+        figures = measure(self._sources, rendered)
         end = time.monotonic()
         metrics = Metrics(
             trial_name=of,
@@ -102,6 +164,23 @@ class ResidentModel:
         )
         return Judgement(rendering.pictures, metrics)
 
+    def _enter(self, *, patient: bool) -> None:
+        deferrals = 0
+        while True:
+            try:
+                return self._gate.enter()
+            except DeviceBusyError as error:
+                self.give_back()
+                if not patient:
+                    raise
+                if deferrals == 0:
+                    log_change(_log, "deferred", reason=error)
+            until = time.monotonic() + pause_s(deferrals)
+            deferrals += 1
+            while time.monotonic() < until:
+                self._stop_if_asked()
+                time.sleep(_LOOK_S)
+
     def _ready(self) -> tuple[Renderer, Reference]:
         """Load what rendering and measuring need, once."""
         if self._renderer is None:
@@ -110,23 +189,3 @@ class ResidentModel:
         if self._reference is None:
             self._reference = find_reference(self._job, self._renderer, self._sources, self._stop_if_asked)
         return self._renderer, self._reference
-
-    @contextlib.contextmanager
-    def _gpu(self) -> Iterator[None]:
-        """Hold the GPU against other evaluators; a CPU needs no turn."""
-        if self._job.device == "cpu":
-            yield
-            return
-        from evaluator_daemon.renderers.diffusion import gpu_lease
-
-        lease = gpu_lease(self._job.device)
-        while True:
-            try:
-                lease.acquire(timeout_s=1.0)
-                break
-            except ResourceError:
-                self._stop_if_asked()
-        try:
-            yield
-        finally:
-            lease.release()

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from shared.gpu_lease import GpuPolicy
 from shared.settings import DaemonSettings
 
 
@@ -20,13 +21,20 @@ class EvaluatorSettings(DaemonSettings):
     clip_model: Path | None = Field(
         None, description="local CLIP folder for the CLIP consistency (default: the study's)"
     )
-    prompts: Path | None = Field(None, description="prompt file, one prompt a line (default: the study's)")
+    prompts: Path | None = Field(
+        None, description="prompt file: lines, TOML or JSON, see docs/prompts.md (default: the study's)"
+    )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     num_samples: int = Field(8, ge=1, description="pictures per checkpoint")
     lora_scale: float = Field(
         1.0,
         allow_inf_nan=False,
         description="strength the LoRA is applied with; 1 is as trained",
+    )
+    gpu_policy: GpuPolicy | None = Field(
+        None,
+        description="share: evaluate beside the training when memory allows; defer: wait until no training runs, on a "
+        "CPU too (default: the study's, else share)",
     )
     check_interval: float = Field(30.0, gt=0, description="seconds until a new trial is seen at the latest")
     evaluator_check_interval: float = Field(

@@ -33,7 +33,7 @@ from optimizer_daemon.start_checks import check_inputs
 from optimizer_daemon.study_file import begun, rewritten
 from optimizer_daemon.summary import ended_text, progress_fields, progress_parts, seconds, seconds_left, stopped_text
 from optimizer_daemon.trainers import TRAINERS
-from shared.devices import require_device
+from shared.devices import gpu_uuid, require_device, resolve_device
 from shared.durations import duration
 from shared.errors import LabError, ResourceError, SettingsError, Stopped
 from shared.failpoints import reach
@@ -141,7 +141,8 @@ class OptimizerDaemon:
         self._reader = ScoreReader(self._run.plan_hash, self._objective)
         threads = self._run.threads_per_process
         self._scoring = ScoringCommand(self._evaluator, settings.device, threads, self._clock)
-        self._runner = Runner(self._trainer, self._run)
+        gpu = gpu_uuid(resolve_device(settings.device))
+        self._runner = Runner(self._trainer, self._run, gpu, settings.gpu_policy)
         self._pictures = PictureRefresh(self.layout)
         requests = RequestFolder(self.layout, "optimizer")
         queue = Queue(self._study, space, pinned, settings.seed)
@@ -157,6 +158,8 @@ class OptimizerDaemon:
         elif self._pictures.stale:
             self._pictures.request()
         log_change(_log, "study opened", study=self._run.study_name, finished=self._finished, target=self._target)
+        if settings.gpu_policy == "defer":
+            log_change(_log, "gpu policy", policy="defer", pruning="off", next_trial="when all checkpoints are scored")
 
     def _end(self) -> None:
         """Say what was found."""
@@ -225,8 +228,8 @@ class OptimizerDaemon:
             return False
         match action:
             case Action.TRAIN | Action.RESUME | Action.REDO:
-                if not self._runner.may_start(live):
-                    return False  # an evaluator still works on the GPU it is to have alone
+                if self._scoring_comes_first(live) or not self._runner.may_start(live):
+                    return False  # somebody still works on the GPU it is to have alone
                 self._train(live, action)
             case Action.STOP_HUNG | Action.STOP_DIVERGED:
                 self._fail(live, self._runner.give_up(live, action))
@@ -249,7 +252,8 @@ class OptimizerDaemon:
     def _draw_trials(self) -> None:
         """Ask for a trial when there is a slot, a trial left to run and not too much to score."""
         training = sum(live.state.state != "trained" for live in self._live)
-        if training or len(self._live) > MOST_UNSCORED or self._service.stopping:
+        unscored = 0 if self._settings.gpu_policy == "defer" else MOST_UNSCORED
+        if training or len(self._live) > unscored or self._service.stopping:
             return
         # What somebody asked for is run even where enough trials are finished.
         left = self._finished + len(self._live) < self._target or self._study.queued > 0
@@ -263,6 +267,11 @@ class OptimizerDaemon:
             self._service.wake()
 
     # --------------------------------------------------------------------------------------------- a trial's actions
+
+    def _scoring_comes_first(self, live: LiveTrial) -> bool:
+        """Under `defer` a training begins when no other trial waits for its scores."""
+        others = (other for other in self._live if other is not live)
+        return self._settings.gpu_policy == "defer" and any(other.state.state == "trained" for other in others)
 
     def _train(self, live: LiveTrial, action: Action) -> None:
         attempt, resumes, curve = live.state.attempt, live.state.resumes, live.state.curve

@@ -8,7 +8,7 @@ import re
 import shutil
 import statistics
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import PurePosixPath
@@ -19,15 +19,15 @@ from optimizer_daemon.scores import TrialScores
 from optimizer_daemon.trainers.base import TrainerPlugin
 from optimizer_daemon.training_log import TrainingLog
 from shared.errors import (
+    DeviceBusyError,
     DiskError,
     IncompleteCheckpointError,
     RefusedCheckpointError,
-    ResourceError,
     UnreadableFileError,
 )
 from shared.failpoints import reach
 from shared.files import sweep_temp_files, write_bytes, write_model
-from shared.gpu_lease import GpuLease
+from shared.gpu_lease import GpuLease, GpuPolicy, GpuUse
 from shared.layout import TrialLayout, writer_of
 from shared.logs import log_change
 from shared.process import StopReport, child_environment
@@ -95,19 +95,24 @@ class Runner:
     Args:
         trainer: who trains.
         run: the study.
+        gpu: UUID of the card that is trained on; None on a CPU, which needs no lease.
+        policy: how trainings and evaluations share it.
     """
 
-    def __init__(self, trainer: TrainerPlugin, run: Run) -> None:
+    def __init__(self, trainer: TrainerPlugin, run: Run, gpu: str | None = None, policy: GpuPolicy = "share") -> None:
         self._trainer = trainer
         self._run = run
+        self._gpu = gpu
+        self._policy = policy
 
     def may_start(self, live: LiveTrial) -> bool:
-        """Take the GPUs that a trial must have to itself; False as long as an evaluator still works there."""
-        gpus = [name for name in live.state.ran_short_of if name != HOST]
+        """Take the leases a trial trains under; False as long as others use a GPU it is to have alone."""
+        held = {lease.gpu_uuid for lease in live.leases}
         try:
-            for gpu in gpus[len(live.leases) :]:
-                live.leases.append(GpuLease(gpu, "exclusive trainer", inheritable=True).acquire())
-        except ResourceError:
+            for gpu, use in uses_of(self._gpu, self._policy, live.state.ran_short_of).items():
+                if gpu not in held:
+                    live.leases.append(GpuLease(gpu, use, inheritable=True).acquire())
+        except DeviceBusyError:
             return False
         return True
 
@@ -267,6 +272,19 @@ class Runner:
         lines = live.log.last_lines(QUOTED_LINES)
         quoted = " | ".join(lines) or "(nothing)"
         return f"{why}{_WHERE}{_how_far(live)}; last lines of {live.layout.training_log}: {quoted}"
+
+
+def uses_of(gpu: str | None, policy: GpuPolicy, ran_short_of: Sequence[str]) -> dict[str, GpuUse]:
+    """Return which leases a training takes, by GPU.
+
+    Args:
+        gpu: the card it trains on; None on a CPU.
+        policy: of the study.
+        ran_short_of: memories that ran out beside an evaluator, which it is to have alone.
+    """
+    usual: GpuUse = "exclusive trainer" if policy == "defer" else "sharing trainer"
+    uses: dict[str, GpuUse] = {} if gpu is None else {gpu: usual}
+    return uses | {name: "exclusive trainer" for name in ran_short_of if name != HOST}
 
 
 def _lines(log: TrainingLog) -> Iterator[str]:

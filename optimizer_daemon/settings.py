@@ -9,6 +9,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from optimizer_daemon.search.load import preset_names
+from shared.gpu_lease import GpuPolicy
 from shared.settings import DaemonSettings, load_settings
 
 
@@ -29,6 +30,11 @@ class OptimizerSettings(DaemonSettings):
     max_epochs: int | None = Field(None, ge=1, description="train every trial for exactly this many epochs")
     timeout: float | None = Field(None, gt=0, description="seconds after which this run starts no new trial")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    gpu_policy: GpuPolicy = Field(
+        "share",
+        description="share: score beside the training when memory allows; defer: train and score in turns, without "
+        "pruning, on a CPU too",
+    )
     search_space: str = Field("v2.1", description="a preset (v1, v2.1) or a TOML file")
     trainer: str = Field(
         "native", min_length=1, description="who trains: native, or one of your own as module:attribute"
@@ -44,7 +50,8 @@ class OptimizerSettings(DaemonSettings):
         1.0, allow_inf_nan=False, description="strength the LoRA is applied with in the pictures; 1 is as trained"
     )
     prompts: Path | None = Field(
-        None, description="prompt file, one prompt a line (default: drawn from the data set's captions)"
+        None,
+        description="prompt file: lines, TOML or JSON, see docs/prompts.md (default: captions of the data set)",
     )
     cfg_scale: float = Field(7.5, ge=0, description="classifier-free guidance scale of the pictures")
     render_steps: int = Field(20, ge=1, description="sampling steps of the pictures")

@@ -32,7 +32,7 @@ WORKLOAD = "sd-lora"
 CAPTION_EXTENSION = ".caption"  # sd-scripts' default
 MOST_PROMPTS = 8
 
-_FREE = {"n_trials", "max_epochs", "timeout", "device"}
+_FREE = {"n_trials", "max_epochs", "timeout", "device", "gpu_policy"}
 """Settings that may differ from one start to the next; with any other changed, scores could not be compared."""
 
 _LIBRARIES = ("lora-tuner", "torch", "diffusers", "transformers", "peft", "optuna")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import uuid
 from importlib import metadata
 from typing import Literal
 
@@ -44,6 +45,24 @@ def cuda_device_count() -> int:
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0
     return count.value
+
+
+def gpu_uuid(device: str) -> str | None:
+    """Return the name of the card behind "cuda" or "cuda:N", as `nvidia-smi -L` prints it; None on a CPU.
+
+    Raises:
+        ResourceError: the driver does not tell.
+    """
+    if not device.startswith("cuda"):
+        return None
+    require_device(device)
+    driver = ctypes.CDLL("libcuda.so.1")
+    handle, content = ctypes.c_int(0), (ctypes.c_ubyte * 16)()
+    if driver.cuDeviceGet(ctypes.byref(handle), int(device.partition(":")[2] or 0)) or driver.cuDeviceGetUuid_v2(
+        ctypes.byref(content), handle
+    ):
+        raise ResourceError(f"--device {device}: the driver does not name the card; repair it, or use --device cpu")
+    return f"GPU-{uuid.UUID(bytes=bytes(content))}"
 
 
 def default_dtype(device: str) -> Literal["float32", "float16"]:

@@ -13,6 +13,8 @@
     │       ├── IncompleteCheckpointError   still being written, or truncated
     │       └── RefusedCheckpointError      whole, but malformed, hostile or worthless
     ├── ResourceError               4   GPU, disk, memory or model missing; worth retrying
+    │   ├── DeviceBusyError             others need the device, or its memory, now: wait
+    │   ├── DeviceMemoryError           the device's memory ran out
     │   └── DiskError                   ENOSPC, EIO and their kin while writing state
     └── Stopped                   130   an orderly stop by SIGINT (130) or SIGTERM (143)
 
@@ -123,6 +125,14 @@ class ResourceError(LabError):
     """The machine lacks something; trying again later may work."""
 
     exit_code = 4
+
+
+class DeviceBusyError(ResourceError):
+    """Others need the device, or its memory, now; nothing is wrong, and waiting helps."""
+
+
+class DeviceMemoryError(ResourceError):
+    """The memory of the device ran out; whether others took it is not known here."""
 
 
 class DiskError(ResourceError):

@@ -21,10 +21,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
-from shared.errors import ResourceError
+from shared.errors import DeviceBusyError, ResourceError
 from shared.locks import FileLock
 
 GpuUse = Literal["evaluator", "sharing trainer", "exclusive trainer"]
+GpuPolicy = Literal["share", "defer"]
+"""share: evaluations run beside the training when the memory allows; defer: they wait until it ends."""
 
 _TURN = ".evaluator.lock"  # held by the one evaluator whose turn it is
 
@@ -51,13 +53,13 @@ class GpuLease:
         """Take the lease within `timeout_s` seconds of the monotonic clock.
 
         Raises:
-            ResourceError: others used the GPU all that time; nothing is held then.
+            DeviceBusyError: others used the GPU all that time; nothing is held then.
         """
         deadline = time.monotonic() + timeout_s
         for lock in self._locks:
             if not lock.try_acquire(deadline - time.monotonic()):
                 self.release()
-                raise ResourceError(
+                raise DeviceBusyError(
                     f"GPU {self.gpu_uuid} is in use by {lock.holder(lock.path)}; waited {timeout_s:g} s, "
                     "try again later or use another GPU"
                 )

@@ -25,6 +25,7 @@ _PIPELINES = {
 }
 _FAMILIES = {"StableDiffusionPipeline": "Stable Diffusion 1.x", "StableDiffusionXLPipeline": "SDXL"}
 _WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+_NEEDS = "its unet/config.json needs sample_size, its vae's block_out_channels"
 _NOT_RENDERING = {"safety_checker", "feature_extractor", "image_encoder"}
 
 
@@ -108,14 +109,23 @@ def default_size(base_model: Path) -> tuple[int, int]:
         SettingsError: its UNet or VAE says nothing usable.
     """
     sample = _config(base_model, "unet").get("sample_size")
-    blocks = _config(base_model, "vae").get("block_out_channels")
     height, width = sample if isinstance(sample, list) and len(sample) == 2 else (sample, sample)
-    if not isinstance(height, int) or not isinstance(width, int) or not isinstance(blocks, list) or not blocks:
-        raise SettingsError(
-            "--base-model", str(base_model), "its unet/config.json needs sample_size, its vae's block_out_channels"
-        )
-    factor = 2 ** (len(blocks) - 1)
+    if not isinstance(height, int) or not isinstance(width, int):
+        raise SettingsError("--base-model", str(base_model), _NEEDS)
+    factor = vae_factor(base_model)
     return width * factor, height * factor
+
+
+def vae_factor(base_model: Path) -> int:
+    """Return how many pixels wide and high one element of the latents is.
+
+    Raises:
+        SettingsError: the VAE says nothing usable.
+    """
+    blocks = _config(base_model, "vae").get("block_out_channels")
+    if not isinstance(blocks, list) or not blocks:
+        raise SettingsError("--base-model", str(base_model), _NEEDS)
+    return int(2 ** (len(blocks) - 1))
 
 
 def _model_files(folder: Path, setting: str) -> list[Path]:

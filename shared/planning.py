@@ -4,16 +4,19 @@ equal plans; nothing here imports a network library.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from shared.devices import default_dtype
-from shared.model_folders import default_size, digest_model
-from shared.schemas.plan import EvaluationPlan
+from shared.model_folders import default_size, digest_model, vae_factor
+from shared.prompts import MULTIPLE_PX, Prompt, require_multiple
+from shared.samplers import DEFAULT_SAMPLER
+from shared.schemas.plan import EvaluationPlan, PromptOptions
 from shared.scoring_presets import METRIC_SOURCES, combined_preset
 
 STEPS = 20
-SAMPLER = "dpmpp_2m_karras"
+SAMPLER = DEFAULT_SAMPLER
 CFG_SCALE = 7.5
 BASE_SEED = 42
 NUM_SAMPLES = 8
@@ -22,7 +25,7 @@ NUM_SAMPLES = 8
 def make_plan(
     *,
     base_model: Path,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Prompt],
     device: str = "auto",
     num_samples: int = NUM_SAMPLES,
     steps: int = STEPS,
@@ -37,17 +40,20 @@ def make_plan(
 
     Args:
         base_model: diffusers folder.
+        prompts: with options of their own where they are no plain text.
         device: decides the number format only; "auto", "cpu", "cuda" or "cuda:N".
         clip_skip: the training's, 1 for the text encoder's last layer.
         lora_scale: strength the LoRA is applied with; 1 is as trained.
         clip_model: local CLIP folder, None to do without CLIP consistency.
         metrics: what is measured, from `parse_metrics`.
     Raises:
-        SettingsError: the base model or the CLIP is not usable.
+        SettingsError: the base model or the CLIP is not usable, or it cannot render the size of a prompt.
     """
     width, height = default_size(base_model)
-    return EvaluationPlan(
-        prompts=tuple(prompts),
+    asked = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
+    require_multiple(asked, math.lcm(MULTIPLE_PX, vae_factor(base_model)))
+    plan = EvaluationPlan(
+        prompts=tuple(prompt.text for prompt in asked),
         negative_prompt="",
         num_samples=num_samples,
         base_seed=base_seed,
@@ -64,3 +70,17 @@ def make_plan(
         batch_size=num_samples,
         scoring=combined_preset(clip_model, metrics),
     )
+    return plan.model_copy(update={"overrides": overrides_of(asked, plan)})
+
+
+def overrides_of(prompts: Sequence[Prompt], plan: EvaluationPlan) -> tuple[PromptOptions, ...]:
+    """Return what the prompts have of their own beyond the plan; what the plan has anyway is no override.
+
+    So equal pictures have equal plans, however a prompt file puts it.
+    """
+    usual = {name: getattr(plan, "base_seed" if name == "seed" else name) for name in PromptOptions.model_fields}
+    own = tuple(
+        PromptOptions(**{name: value for name, value in prompt.options if value is not None and value != usual[name]})
+        for prompt in prompts
+    )
+    return own if any(options != PromptOptions() for options in own) else ()

@@ -16,9 +16,9 @@ from evaluator_daemon.renderers.families import TextEmbedding, load_family
 from evaluator_daemon.renderers.layer_names import LayerNames, component_of
 from evaluator_daemon.renderers.lora_layers import applied, require_used
 from evaluator_daemon.renderers.sampling import decode, denoise, make_scheduler, noise, require_sampler
-from shared.errors import ResourceError
-from shared.gpu_lease import GpuLease
+from shared.errors import DeviceMemoryError, ResourceError
 from shared.safetensors_file import Checkpoint, LoraLayout
+from shared.schemas import PlannedSample
 
 
 class DiffusionRenderer:
@@ -30,7 +30,9 @@ class DiffusionRenderer:
     """
 
     def __init__(self, job: Job) -> None:
-        require_sampler(job.plan.sampler)
+        samples = [job.plan.sample(index) for index in range(job.plan.num_samples)]
+        for sample in samples:
+            require_sampler(sample.sampler)
         torch.set_num_threads(job.threads)
         torch.backends.cudnn.allow_tf32 = False  # on by default: float32 would be 10 bits wide on some cards only
         self.plan = job.plan
@@ -43,7 +45,8 @@ class DiffusionRenderer:
         if self.device.type == "cuda":  # how its convolutions like pictures to lie
             self._pipeline.unet.to(memory_format=torch.channels_last)
             self._pipeline.vae.to(memory_format=torch.channels_last)
-        self._scheduler = make_scheduler(job.plan.sampler, self._pipeline.scheduler)
+        names = {sample.sampler for sample in samples}
+        self._schedulers = {name: make_scheduler(name, self._pipeline.scheduler) for name in names}
         self._pipeline.vae.enable_slicing()
         self._names = LayerNames(self._family.adaptable, self._family.kohya_prefixes)
         self._base_embeddings: dict[str, TextEmbedding] = {}
@@ -89,42 +92,44 @@ class DiffusionRenderer:
             except torch.OutOfMemoryError as error:
                 reason = str(error).partition("\n")[0]
             torch.cuda.empty_cache()  # outside the except: the traceback holds the tensors
-        raise ResourceError(
+        raise DeviceMemoryError(
             f"the {self.device_name} has too little memory for {batch_size} pictures at once ({reason}); free it, "
             "or start a study with a smaller --num-samples"
         )
 
     def _render_all(self, batch_size: int, on_step: OnStep) -> list[NDArray[np.uint8]]:
-        samples = [self.plan.sample(i) for i in range(self.plan.num_samples)]
-        pictures: list[NDArray[np.uint8]] = []
-        embedded = self._embed([prompt for prompt, _ in samples])
-        for start in range(0, len(samples), batch_size):
-            pictures += self._render_batch(samples[start : start + batch_size], embedded, on_step)
+        samples = [self.plan.sample(index) for index in range(self.plan.num_samples)]
+        embedded = self._embed([text for one in samples for text in (one.prompt, one.negative_prompt)])
+        pictures: dict[int, NDArray[np.uint8]] = {}
+        for batch in self.plan.batches(batch_size):
+            rendered = self._render_batch([samples[index] for index in batch], embedded, on_step)
+            pictures |= zip(batch, rendered, strict=True)
         self._has_rendered = True
-        return pictures
+        return [pictures[index] for index in range(self.plan.num_samples)]
 
     def _render_batch(
-        self, samples: list[tuple[str, int]], embedded: dict[str, TextEmbedding], on_step: OnStep
+        self, samples: list[PlannedSample], embedded: dict[str, TextEmbedding], on_step: OnStep
     ) -> list[NDArray[np.uint8]]:
-        unet, factor = self._pipeline.unet, self._pipeline.vae_scale_factor
-        shape = (unet.config.in_channels, self.plan.height // factor, self.plan.width // factor)
+        """Render samples of equal `shape_of_work` at once."""
+        unet, factor, alike = self._pipeline.unet, self._pipeline.vae_scale_factor, samples[0]
+        shape = (unet.config.in_channels, alike.height // factor, alike.width // factor)
         latents = denoise(
             self._family,
-            self._scheduler,
-            noise(shape, [seed for _, seed in samples]).to(self.device, unet.dtype),
-            TextEmbedding.stacked([embedded[prompt] for prompt, _ in samples]),
-            TextEmbedding.stacked([embedded[self.plan.negative_prompt]] * len(samples)),
-            steps=self.plan.steps,
-            guidance=self.plan.cfg_scale,
+            self._schedulers[alike.sampler],
+            noise(shape, [sample.seed for sample in samples]).to(self.device, unet.dtype),
+            TextEmbedding.stacked([embedded[sample.prompt] for sample in samples]),
+            TextEmbedding.stacked([embedded[sample.negative_prompt] for sample in samples]),
+            steps=alike.steps,
+            guidance=alike.cfg_scale,
             on_step=on_step,
         )
         return decode(self._pipeline.vae, latents)
 
     def _embed(self, of_samples: list[str]) -> dict[str, TextEmbedding]:
-        """Every prompt, the negative one too, encoded once and all in one batch; the base model's are remembered."""
+        """Every prompt, negative ones too, encoded once and all in one batch; the base model's are remembered."""
         if self._base_embeddings and not self._text_encoder_changed:
             return self._base_embeddings
-        prompts = list(dict.fromkeys((*of_samples, self.plan.negative_prompt)))
+        prompts = list(dict.fromkeys(of_samples))
         batch = self._family.encode(prompts, self.plan.clip_skip)
         embedded = {prompt: batch.row(index) for index, prompt in enumerate(prompts)}
         if not self._text_encoder_changed:
@@ -143,8 +148,3 @@ def _device(name: str) -> torch.device:
     if (device.index or 0) >= torch.cuda.device_count():
         raise ResourceError(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices; name another")
     return torch.device("cuda", device.index or 0)
-
-
-def gpu_lease(device: str) -> GpuLease:
-    """The lease of the card behind "cuda" or "cuda:N", for evaluators."""
-    return GpuLease(f"GPU-{torch.cuda.get_device_properties(_device(device)).uuid}", "evaluator")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from numpy.typing import NDArray
 
 from evaluator_daemon.renderers.base import OnStep
@@ -21,6 +21,8 @@ SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
         DPMSolverMultistepScheduler,
         {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True},
     ),
+    "ddim": (DDIMScheduler, {}),
+    "euler": (EulerDiscreteScheduler, {}),
 }
 
 
@@ -73,7 +75,8 @@ def denoise(
         # diffusers' scheduler turns tensors into arrays in a way that numpy 2 deprecates
         warnings.filterwarnings("ignore", "__array__ implementation doesn't accept a copy", DeprecationWarning)
         scheduler.set_timesteps(steps, device=latents.device)
-    scheduler.set_begin_index(0)  # else the first step waits for the device, to find itself in the list
+    if hasattr(scheduler, "set_begin_index"):  # DDIM counts without one
+        scheduler.set_begin_index(0)  # else the first step waits for the device, to find itself in the list
     latents = latents * scheduler.init_noise_sigma
     for time in scheduler.timesteps:
         noisy = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, time)

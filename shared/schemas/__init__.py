@@ -41,7 +41,7 @@ from shared.schemas.optimizer import (
     TrialState,
     TrialStateName,
 )
-from shared.schemas.plan import EvaluationPlan, ScoringPreset
+from shared.schemas.plan import EvaluationPlan, PlannedSample, PromptOptions, ScoringPreset
 from shared.schemas.requests import (
     Answer,
     Enqueue,
@@ -82,6 +82,8 @@ __all__ = [
     "OptimizerRequest",
     "Pause",
     "PhaseSeconds",
+    "PlannedSample",
+    "PromptOptions",
     "Quarantine",
     "QuarantinedCheckpoint",
     "Record",

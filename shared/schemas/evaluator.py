@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from shared.schemas.base import Count, Epoch, Fraction, Name, Record, Seconds, Sha256, Time, Unit, VersionedFile
+from shared.schemas.base import Count, Epoch, Fraction, Name, Pixels, Record, Seconds, Sha256, Time, Unit, VersionedFile
 
 MetricStatus = Literal["ok", "unavailable", "failed"]
 Outcome = Literal["running", "recorded", "strike", "interruption"]
@@ -81,6 +81,12 @@ class Sample(Record):
     file: Name = Field(description="Picture beside this file.")
     prompt: Name = Field(description="Its prompt.")
     seed: int = Field(ge=0, description="Its seed.")
+    negative_prompt: str | None = Field(default=None, description="Its negative prompt, empty for none; null if old.")
+    width: Pixels | None = Field(default=None, description="Its width; null in files from before it was kept.")
+    height: Pixels | None = Field(default=None, description="Its height; null in files from before it was kept.")
+    steps: int | None = Field(default=None, ge=1, description="Sampling steps; null if the file is that old.")
+    sampler: Name | None = Field(default=None, description="Image sampler; null if the file is that old.")
+    cfg_scale: float | None = Field(default=None, ge=0, description="Guidance scale; null if the file is that old.")
 
 
 class PhaseSeconds(Record):

@@ -433,9 +433,89 @@ MODELS = [
         written("prompts.txt", "# only this\n", "--prompts", "{}"),
     ),
     Case(
-        "prompts: an option",
-        ("prompts.txt line 2: '--n'", "write the prompt alone"),
-        written("prompts.txt", "a ball\na cube --n blurry\n", "--prompts", "{}"),
+        "prompts: an option that is not there",
+        ("prompts.txt line 2: '--g'", "there is no such option; choose among --n, --w"),
+        written("prompts.txt", "a ball\na cube --g 3.5\n", "--prompts", "{}"),
+    ),
+    Case(
+        "prompts: an option twice",
+        ("prompts.txt line 1 --w: '72'", "the option is there twice"),
+        written("prompts.txt", "a ball --w 64 --w 72\n", "--prompts", "{}"),
+    ),
+    Case(
+        "prompts: an option's value is no number",
+        ("prompts.txt line 1 --l: '7,5'", "write a number"),
+        written("prompts.txt", "a ball --l 7,5\n", "--prompts", "{}"),
+    ),
+    Case(
+        "prompts: an option's value is no whole number",
+        ("prompts.txt line 3 --s: '20.5'", "write a whole number"),
+        written("prompts.txt", "# one\n\na ball --s 20.5\n", "--prompts", "{}"),
+    ),
+    Case(
+        "prompts: an option out of range",
+        ("prompts.txt line 1 --s: '0'", "write a value from 1 to 1000"),
+        written("prompts.txt", "a ball --s 0\n", "--prompts", "{}"),
+    ),
+    Case(
+        "prompts: a size between two multiples",
+        ("prompts.txt line 1 --w: '100'", "write a multiple of 8, such as 96 or 104"),
+        written("prompts.txt", "a ball --w 100\n", "--prompts", "{}"),
+    ),
+    Case(
+        "prompts: a sampler that is not there",
+        ("prompts.txt line 1 --ss: 'unipc'", "choose among dpmpp_2m_karras, ddim, euler"),
+        written("prompts.txt", "a ball --ss unipc\n", "--prompts", "{}"),
+    ),
+    Case(
+        "prompts: a negative prompt without words",
+        ("prompts.txt line 1 --n: ''", "write a text behind it"),
+        written("prompts.txt", "a ball --n --w 64\n", "--prompts", "{}"),
+    ),
+    Case(
+        "prompts: options alone",
+        ("prompts.txt line 1: ''", "write a prompt"),
+        written("prompts.txt", "--w 64\n", "--prompts", "{}"),
+    ),
+    Case(
+        "prompts: no TOML",
+        ("--prompts", "mend the TOML", "line 1"),
+        written("prompts.toml", "[prompt\n", "--prompts", "{}"),
+    ),
+    Case(
+        "prompts: a TOML of something else",
+        ("--prompts", "write one [[prompt.subset]] table for each prompt"),
+        written("prompts.toml", "[prompt]\nwidth = 64\n", "--prompts", "{}"),
+    ),
+    Case(
+        "prompts: a TOML key that is not there",
+        ("prompts.toml line 3: 'heigth'", "there is no such option; choose among prompt, negative_prompt"),
+        written("prompts.toml", '[[prompt.subset]]\nprompt = "a ball"\nheigth = 64\n', "--prompts", "{}"),
+    ),
+    Case(
+        "prompts: another table in the TOML",
+        ("prompts.toml line 3: 'network'", "only [prompt] is read"),
+        written("prompts.toml", '[prompt]\nsubset = [{ prompt = "a ball" }]\n[network]\ndim = 4\n', "--prompts", "{}"),
+    ),
+    Case(
+        "prompts: a TOML prompt that is no text",
+        ("prompts.toml line 2: prompt: 7", "write the prompt as text"),
+        written("prompts.toml", "[[prompt.subset]]\nprompt = 7\n", "--prompts", "{}"),
+    ),
+    Case(
+        "prompts: no JSON",
+        ("--prompts", "mend the JSON", "line 1"),
+        written("prompts.json", "[", "--prompts", "{}"),
+    ),
+    Case(
+        "prompts: a JSON of something else",
+        ("--prompts", "write a JSON list"),
+        written("prompts.json", '{"prompt": "a ball"}', "--prompts", "{}"),
+    ),
+    Case(
+        "prompts: a JSON item that is no prompt",
+        ("prompts.json prompt 2: 7", "write a string or an object"),
+        written("prompts.json", '["a ball", 7]', "--prompts", "{}"),
     ),
     Case(
         "prompts: no UTF-8",
@@ -497,6 +577,11 @@ STUDIES = [
     ),
     Case(
         "study: another name", ("--study-name: lora_study -> other", "use those again"), flags("--study-name", "other")
+    ),
+    Case(
+        "flags: a policy that is none",
+        ("--gpu-policy: 'never'", "input should be 'share' or 'defer'"),
+        flags("--gpu-policy", "never"),
     ),
     Case("study: another plan", ("--num-samples: 2 -> 4",), flags("--num-samples", 4)),
     Case("study: another space", ("--search-space:", "space.toml -> v1"), flags("--search-space", "v1")),
@@ -629,6 +714,21 @@ EVALUATOR_OF_STUDY = [
         "evaluator: other pictures",
         ("--num-samples is 3, but the study's run.json has 2", "leave the flag out"),
         lambda world: world.evaluator("--num-samples", 3),
+    ),
+    Case(
+        "evaluator: another GPU policy",
+        ("--gpu-policy is 'defer', but the study's run.json has 'share'", "leave the flag out"),
+        lambda world: world.evaluator("--gpu-policy", "defer"),
+    ),
+    Case(
+        "evaluator: prompts with other options",
+        ("--prompts (the options) is [{}, {'width': 72}]", "but the study's run.json has []"),
+        after(
+            lambda w: (w.folder / "p.txt").write_text(
+                "\n".join(f"{text} {'--w 72' if i == 1 else ''}" for i, text in enumerate(w.run_json.plan.prompts))
+            ),
+            lambda w: w.evaluator("--prompts", w.folder / "p.txt"),
+        ),
     ),
     Case(
         "evaluator: another base model",

@@ -11,7 +11,7 @@ from shared.devices import default_dtype, resolve_device
 from shared.errors import SettingsError
 from shared.model_folders import default_size, digest_model
 from shared.planning import make_plan
-from shared.prompts import draw_prompts, read_prompt_file
+from shared.prompts import draw_prompts
 
 
 @pytest.fixture
@@ -89,29 +89,6 @@ def test_prompts_drawn_from_captions_depend_on_the_seed_only():
     assert sorted(draw_prompts(captions, 30, seed=42)) == sorted(captions)
     with pytest.raises(SettingsError, match="no captions"):
         draw_prompts(["", " "], 8, seed=42)
-
-
-def test_a_prompt_file_has_one_prompt_a_line(tmp_path):
-    file = tmp_path / "prompts.txt"
-    file.write_text("\ufeff# mine\na red ball,  soft -- light\n\n藍色的球\n", encoding="utf-8")
-    assert read_prompt_file(file) == ("a red ball, soft -- light", "藍色的球")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        pytest.param(b"a ball\na cube --n blurry", r"line 2: '--n'", id="an option"),
-        pytest.param(b"# nothing\n", "no prompt", id="only a comment"),
-        pytest.param(b"\xff\xfe\x00", "UTF-8", id="not text"),
-    ],
-)
-def test_an_unusable_prompt_file_is_refused(tmp_path, content, message):
-    file = tmp_path / "prompts.txt"
-    file.write_bytes(content)
-    with pytest.raises(SettingsError, match=message):
-        read_prompt_file(file)
-    with pytest.raises(SettingsError, match="readable"):
-        read_prompt_file(tmp_path / "missing.txt")
 
 
 def test_the_plan_has_the_documented_defaults(base_model, tmp_path):

@@ -18,6 +18,8 @@ from shared.schemas import (
     Gate,
     GateCheck,
     Metric,
+    PlannedSample,
+    PromptOptions,
     Quarantine,
     Run,
     ScoringPreset,
@@ -202,7 +204,7 @@ def test_a_quarantine_goes_with_its_status():
 
 
 def test_samples_go_round_the_prompts_and_then_to_the_next_seed():
-    samples = [plan().sample(index) for index in range(7)]
+    samples = [(sample.prompt, sample.seed) for sample in map(plan().sample, range(7))]
     assert samples == [
         ("a red ball", 42),
         ("a blue cube", 42),
@@ -212,6 +214,34 @@ def test_samples_go_round_the_prompts_and_then_to_the_next_seed():
         ("a green cone", 43),
         ("a red ball", 44),
     ]
+
+
+def test_a_prompts_own_options_hold_for_all_its_samples():
+    own = PromptOptions(seed=7, width=640, height=384, steps=10, sampler="euler", cfg_scale=3.0, negative_prompt="ugly")
+    found = plan(overrides=(PromptOptions(), own, PromptOptions(cfg_scale=0.0)))
+    assert found.sample(0) == plan().sample(0)
+    assert found.sample(4) == PlannedSample("a blue cube", "ugly", 8, 640, 384, 10, "euler", 3.0)
+    assert found.sample(2).cfg_scale == 0.0, "0 is a value"
+    with pytest.raises(ValidationError, match="there are 1 overrides for 3 prompts"):
+        plan(overrides=(own,))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "batch_size", "batches"),
+    [
+        pytest.param((), 8, ((0, 1, 2, 3, 4, 5, 6, 7),), id="all alike go together"),
+        pytest.param((), 3, ((0, 1, 2), (3, 4, 5), (6, 7)), id="as many as fit"),
+        pytest.param(({}, {"width": 64}, {}), 8, ((0, 2, 3, 5, 6), (1, 4, 7)), id="another size"),
+        pytest.param(({"steps": 5}, {}, {}), 2, ((0, 3), (6,), (1, 2), (4, 5), (7,)), id="other steps come first"),
+        pytest.param(({}, {"sampler": "ddim"}, {"cfg_scale": 1.0}), 8, ((0, 3, 6), (1, 4, 7), (2, 5)), id="two others"),
+        pytest.param(
+            ({"negative_prompt": "x"}, {"seed": 1}, {}), 8, ((0, 1, 2, 3, 4, 5, 6, 7),), id="only words, seed"
+        ),
+    ],
+)
+def test_samples_are_batched_by_the_plan_alone(overrides, batch_size, batches):
+    found = plan(overrides=tuple(PromptOptions(**options) for options in overrides))
+    assert found.batches(batch_size) == batches
 
 
 OTHER_PLANS = {
@@ -231,6 +261,7 @@ OTHER_PLANS = {
     "dtype": "float32",
     "batch_size": 1,
     "scoring": ScoringPreset(name="seed", objective="combined_score", values={"target.brightness": 0.45}),
+    "overrides": (PromptOptions(), PromptOptions(width=768), PromptOptions()),
 }
 
 

@@ -6,6 +6,7 @@ version must read them, so a format that changes gets a folder of its own.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import statistics
 from datetime import datetime, timedelta, timezone
@@ -202,9 +203,7 @@ def _of_the_evaluator() -> dict[str, BaseModel]:
             plan_hash=PLAN.digest(),
             epoch=2,
             evaluation_time=at("10:23:45"),
-            samples=tuple(
-                s.Sample(file=f"sample_{i}.png", prompt=PLAN.sample(i)[0], seed=PLAN.sample(i)[1]) for i in range(4)
-            ),
+            samples=tuple(s.Sample(file=f"sample_{i}.png", **dataclasses.asdict(PLAN.sample(i))) for i in range(4)),
             metrics={
                 "brightness": _measured(0.451, 0.498, 0.523, 0.576),
                 "contrast": _measured(0.142, 0.17, 0.189, 0.211),
