@@ -145,6 +145,8 @@ class Evaluator:
                 self._model.give_back()
                 self._defer(training, POLICY_LOOK_S)
                 return
+            if self._deferrals == 0:  # what waited for memory goes on when it has got it, not when it tries
+                self._go_on()
             try:
                 with contextlib.suppress(Stopped):  # the service ends by the signal that asked for it
                     if not self.evaluate(todo[0], view):

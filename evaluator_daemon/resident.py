@@ -87,13 +87,17 @@ class ResidentModel:
 
     def give_back(self) -> None:
         """Free the device's memory; the next checkpoint loads the model again. The base model's pictures stay."""
-        self._renderer, self._sources = None, []
-        free_everything(self._job.device)
+        if self._renderer is not None:
+            self._drop()
 
     def rest(self) -> None:
         """Nothing is left to do for now: a GPU's memory is the training's until there is."""
-        if self._gate.is_gpu and self._renderer is not None:
+        if self._gate.is_gpu:
             self.give_back()
+
+    def _drop(self) -> None:
+        self._renderer, self._sources = None, []
+        free_everything(self._job.device)
 
     def judge(
         self,
@@ -126,7 +130,7 @@ class ResidentModel:
             else:
                 self._gate.note_success()
                 return judgement
-            self.give_back()  # outside the except: the traceback holds the tensors
+            self._drop()  # outside the except: the traceback holds the tensors, of a model half loaded too
             raise self._gate.after_running_out(reason)
 
     def _judge(
