@@ -178,7 +178,13 @@ def call(*arguments: object) -> str:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, nargs="+", default=[2, 8], help="pictures per checkpoint")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        nargs="*",
+        default=[2, 8],
+        help="pictures per checkpoint; none to leave the tiny world out",
+    )
     parser.add_argument("--checkpoints", type=int, default=10, help="LoRAs per measurement, 3 or more")
     parser.add_argument("--processes", type=int, default=5, help="processes of the usual way, 2 or more")
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 1) // 2), help="CPU threads")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,19 @@ class Clock:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._watched: set[int] = set()
+        self._begun: list[float] = []
 
     def watch(self, name: str, module: nn.Module) -> None:
-        """Add the time of every call of this module to `name`'s; once for each module."""
+        """Add the time of every call of this module to `name`'s; one inside another counts once, for the outer."""
         if id(module) in self._watched:
             return
         self._watched.add(id(module))
-        begun: list[float] = []
-        module.register_forward_pre_hook(lambda *_: begun.append(time.perf_counter()))
+        module.register_forward_pre_hook(lambda *_: self._begun.append(time.perf_counter()))
 
         def end(*_: object) -> None:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun.pop()
+            begun = self._begun.pop()
+            if not self._begun:
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
 
         module.register_forward_hook(end)
 
@@ -47,6 +50,16 @@ class Clock:
         """Return and forget what has added up."""
         taken, self.seconds = self.seconds, {}
         return taken
+
+
+def networks_of(owner: object) -> Iterator[nn.Module]:
+    """The networks that a metric holds, itself or in what it is made of, and their parts, which it may call alone."""
+    for value in getattr(owner, "__dict__", {}).values():
+        if isinstance(value, nn.Module):
+            yield value
+            yield from value.children()
+        elif type(value).__module__.startswith("evaluator_daemon.metrics"):
+            yield from networks_of(value)
 
 
 def main(times_file: Path, arguments: list[str]) -> None:
@@ -65,9 +78,8 @@ def main(times_file: Path, arguments: list[str]) -> None:
         clock.watch("vae", pipeline.vae.decoder)
         clock.watch("vae", pipeline.vae.post_quant_conv)
         for source in model._sources:
-            for network in vars(source).values():
-                if isinstance(network, nn.Module):
-                    clock.watch(type(source).__name__, network)
+            for network in networks_of(source):
+                clock.watch(type(source).__name__, network)
         return found
 
     def timed_evaluate(evaluator: Any, file: Any, view: Any) -> bool:

@@ -36,13 +36,16 @@ class Renderer(Protocol):
     def lora(self, checkpoint: Checkpoint, layout: LoraLayout) -> AbstractContextManager[None]:
         """Apply the LoRA, whole or not at all, for the length of a `with` block; never fused.
 
+        However the block ends, the bare base model is left. Entering again with another file is cheap: no weight of
+        the base model is read or written.
+
         Raises:
-            RefusedCheckpointError: the base model has no such layers, or the loader left some out or misread the
-                strength of one.
+            RefusedCheckpointError: the base model has no such layers or has them in another width; or, at the end of
+                a block that rendered, a layer took no part in it, so that the pictures do not show the whole LoRA.
         """
 
     def left_out(self, layout: LoraLayout) -> set[str]:
-        """Return the layers that a usual LoRA of the parts it touches (UNet, text encoder) has and this one lacks."""
+        """Return the layers that a usual LoRA of the parts it touches (UNet, text encoders) has and this one lacks."""
 
     def render(self, on_step: OnStep) -> Rendering:
         """Render the plan's samples with what is applied now.
