@@ -254,5 +254,5 @@ DAMAGES: dict[str, Damage] = {
     "header: a key twice": _twice,
 }
 
-REWRITTEN = {name for name in DAMAGES if name.startswith("header: ")}
-"""Headers that a program wrote anew. Some describe another LoRA, as well-formed: nothing in the file tells."""
+UNTOLD = {"header: a shape", "header: BF16 for F16"}
+"""Headers that a program wrote anew and that describe another LoRA, as well-formed: no hash covers what they say."""
