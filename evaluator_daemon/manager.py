@@ -17,7 +17,7 @@ from evaluator_daemon.children import Ended, Evaluators
 from evaluator_daemon.commands import lift, refusal_of
 from evaluator_daemon.gpu_policy import policy_of
 from evaluator_daemon.home import Home
-from evaluator_daemon.job import Job, find_job, read_run, study_folder
+from evaluator_daemon.job import Job, adopt_run, find_job, read_run, study_folder
 from evaluator_daemon.lookout import FULL_SWEEP_S, Lookout, quarantined_in
 from evaluator_daemon.news import News
 from evaluator_daemon.settings import EvaluatorSettings
@@ -43,7 +43,6 @@ from shared.safetensors_file import read_header
 from shared.schemas import EvaluatorManagerState, Retry
 from shared.service import Service
 from shared.settings import LoadedSettings
-from shared.watch_script import write_watch_script
 
 MAX_EVALUATORS = 2
 """One for the trial in training and one for the trial before it; more would only take turns on one device."""
@@ -252,20 +251,21 @@ class Manager:
             if self._job is None:
                 self._write_state([], "waiting")
                 return False
-            self._lookout = Lookout(
-                self._study,
-                self._job.plan.digest(),
-                self._job.idle_timeout_s,
-                full_sweep_s=self._full_sweep_s,
-            )
-            log_change(
-                _log, "plan", samples=self._job.plan.num_samples, device=self._job.device, dtype=self._job.plan.dtype
-            )
-            write_watch_script(self._study, only_if_absent=True)  # here: a refused start leaves nothing behind
-        run = read_run(self._study)
-        if run is not None and run.plan != self._job.plan:
-            raise StudyMismatchError(f"{self._study.run} holds another plan than the one evaluated here; start again")
+            self._plan(self._job)
+        assert self._job is not None
+        job = adopt_run(self._loaded, self._study, self._job, read_run(self._study))
+        if job is not self._job:
+            if job.plan != self._job.plan:
+                for name in self._evaluators.names:
+                    self._evaluators.terminate(name)
+            self._job = job
+            self._plan(job)
         return True
+
+    def _plan(self, job: Job) -> None:
+        """Go by a plan from now on."""
+        self._lookout = Lookout(self._study, job.plan.digest(), job.idle_timeout_s, full_sweep_s=self._full_sweep_s)
+        log_change(_log, "plan", samples=job.plan.num_samples, device=job.device, dtype=job.plan.dtype)
 
     def _look(self) -> list[TrialView]:
         """Return the trials about which there may be something to do."""

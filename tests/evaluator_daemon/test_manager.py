@@ -182,6 +182,18 @@ def test_a_manager_started_before_its_study_makes_the_folder_and_waits(tmp_path,
     wait_until(lambda: "waiting for" in (root / "evaluator_manager.log").read_text(), "it waits")
 
 
+def test_a_manager_started_first_with_flags_takes_up_its_studys_plan(tmp_path, base_model, start):
+    """The flags leave open what they do not name; the study's run.json says it."""
+    study = StudyLayout(tmp_path / "study")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    named = ("--optimization-dir", study.root, "--base-model", base_model, "--prompts", tmp_path / "prompts.txt")
+    manager = start("run", *named, "--device", "cpu", "--check-interval", 0.2)
+    wait_until(lambda: study.manager_log.exists() and "plan samples=8" in study.manager_log.read_text(), "its own plan")
+    write_model(study.run, run_json(study, base_model))
+    wait_until(lambda: "plan samples=2" in study.manager_log.read_text(), "the study's plan")
+    assert manager.poll() is None
+
+
 @pytest.mark.slow
 def test_one_trial_is_scored_by_the_command_the_optimizer_uses(study, base_model):
     write_model(study.run, run_json(study, base_model))
