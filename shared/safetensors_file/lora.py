@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
 from shared.errors import RefusedCheckpointError
-from shared.safetensors_file.records import Checkpoint, Header, Tensor
+from shared.safetensors_file.records import HASH_PROMISE, Checkpoint, Header, Tensor
 from shared.safetensors_file.refusals import refused, shown
 from shared.safetensors_file.values import REAL_DTYPES, scalar
 
@@ -112,6 +113,8 @@ def lora_modules(checkpoint: Checkpoint) -> LoraLayout:
             "half_pair",
             f"{len(missing)} of {len(parts)} modules lack a part: {'; '.join(missing[:3])}; save it again",
         )
+    if HASH_PROMISE in checkpoint.metadata:
+        _require_uniform(checkpoint, parts)
     alphas = _PeftAlphas.of(checkpoint) if family is Family.DIFFUSERS else _PeftAlphas({}, {})
     return LoraLayout(family, tuple(_module(checkpoint, name, parts[name], alphas) for name in sorted(parts)))
 
@@ -151,6 +154,25 @@ def _grouped(checkpoint: Header) -> tuple[Family, dict[str, dict[Role, str]]]:
     return families.pop(), parts
 
 
+def _require_uniform(checkpoint: Checkpoint, parts: Mapping[str, Mapping[Role, str]]) -> None:
+    """Refuse one tensor that is described otherwise than its like: the promised hash covers the data alone.
+
+    Who promises the hash, sd-scripts and our trainer, saves all weights in one dtype and all alphas in one dtype and
+    shape.
+    """
+    for role in ("down", "up", "alpha"):
+        tensors = [checkpoint.tensors[roles[role]] for roles in parts.values() if role in roles]
+        kinds = Counter((tensor.dtype, tensor.shape if role == "alpha" else None) for tensor in tensors)
+        if len(kinds) > 1:
+            shapes = " or shape" if role == "alpha" else ""
+            raise refused(
+                checkpoint.path,
+                "lora_alpha" if role == "alpha" else "lora_dtype",
+                f"{min(kinds.values())} of its {role} tensors have another dtype{shapes} than the others, which the "
+                f"writers of {HASH_PROMISE} never do; save it again",
+            )
+
+
 def _module(checkpoint: Checkpoint, name: str, parts: Mapping[Role, str], peft_alphas: _PeftAlphas) -> LoraModule:
     down, up = checkpoint.tensors[parts["down"]], checkpoint.tensors[parts["up"]]
 
@@ -163,8 +185,8 @@ def _module(checkpoint: Checkpoint, name: str, parts: Mapping[Role, str], peft_a
     if not _is_pair(down, up):
         raise refusal(
             "lora_shape",
-            f"down {list(down.shape)} and up {list(up.shape)} are neither two matrices nor a convolution and its 1x1 "
-            "convolution",
+            f"down {list(down.shape)} and up {list(up.shape)} are neither two matrices nor a square convolution "
+            "and its 1x1 convolution",
         )
     if down.shape[0] != up.shape[1]:
         raise refusal("rank_mismatch", f"down has rank {down.shape[0]}, up has rank {up.shape[1]}")
@@ -243,6 +265,7 @@ def _is_pattern(value: object) -> bool:
 
 
 def _is_pair(down: Tensor, up: Tensor) -> bool:
-    """Matrices (rank, in) and (out, rank), or kernels (rank, in, h, w) and (out, rank, 1, 1)."""
+    """Matrices (rank, in) and (out, rank), or kernels (rank, in, k, k) and (out, rank, 1, 1)."""
     same_kind = len(down.shape) == len(up.shape) and len(up.shape) in (2, 4)
-    return same_kind and all((*down.shape, *up.shape)) and up.shape[2:] in ((), (1, 1))
+    square = len(set(down.shape[2:])) < 2  # as every kernel of a Stable Diffusion model
+    return same_kind and square and all((*down.shape, *up.shape)) and up.shape[2:] in ((), (1, 1))

@@ -16,7 +16,7 @@ from typing import BinaryIO
 from shared.errors import CheckpointError, ResourceError
 from shared.safetensors_file.header import MAX_FILE_BYTES, MAX_HEADER_BYTES, parse_header
 from shared.safetensors_file.lora import role_of
-from shared.safetensors_file.records import Checkpoint, Header, Stamp, Tensor
+from shared.safetensors_file.records import HASH_PROMISE, Checkpoint, Header, Stamp, Tensor
 from shared.safetensors_file.refusals import incomplete, refused, shown
 from shared.safetensors_file.values import is_finite, is_zero
 
@@ -172,7 +172,7 @@ def _require_hash(header: Header, actual: str) -> None:
     hash does not cover, which name stands for which data, shows by the order: who promises it saves by the safetensors
     library, which stores the tensors of one dtype together, by name.
     """
-    promised = header.metadata.get("sshs_model_hash")
+    promised = header.metadata.get(HASH_PROMISE)
     if promised is None:
         return
     if promised.lower() != actual:

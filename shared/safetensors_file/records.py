@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+HASH_PROMISE = "sshs_model_hash"
+"""Metadata field in which sd-scripts, and our trainer, promise the SHA-256 of the data section."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stamp:

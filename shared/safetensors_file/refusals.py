@@ -47,7 +47,7 @@ REFUSED_CODES: Mapping[str, str] = MappingProxyType(
         "mixed_families": "kohya and diffusers names stand in one file",
         "half_pair": "a module lacks its down weight, its up weight or its alpha",
         "lora_dtype": "a LoRA weight is not a real floating-point tensor",
-        "lora_shape": "a LoRA pair is neither two matrices nor a convolution and its 1x1 convolution",
+        "lora_shape": "a LoRA pair is neither two matrices nor a square convolution and its 1x1 convolution",
         "rank_mismatch": "a module's down and up weights have different ranks",
         "lora_alpha": "an alpha is not one positive number, or the metadata scales layers singly",
     }

@@ -253,6 +253,3 @@ DAMAGES: dict[str, Damage] = {
     "header: another order": _edited(_reorder),
     "header: a key twice": _twice,
 }
-
-UNTOLD = {"header: a shape", "header: BF16 for F16"}
-"""Headers that a program wrote anew and that describe another LoRA, as well-formed: no hash covers what they say."""
