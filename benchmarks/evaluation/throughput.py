@@ -30,19 +30,16 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from examples.tiny_world.paths import BASE_MODEL, CLIP_MODEL
-from shared.files import write_model
 from shared.layout import StudyLayout, TrialLayout
-from shared.planning import CFG_SCALE, STEPS, make_plan
-from shared.schemas import Run, Trainer
+from shared.planning import CFG_SCALE, STEPS
 from tests.evaluator_daemon.sd15_size import save_sd15_size, sd15_modules
+from tests.evaluator_daemon.written_run import write_run
 from tests.scenarios import lora_files
 
 PROMPTS = ("a red circle on a blue background", "a green square", "two yellow triangles", "a white star, night")
-NOON = datetime(2025, 11, 15, 12, tzinfo=UTC)
 OUT = Path(__file__).with_suffix(".json")
 
 
@@ -84,32 +81,15 @@ def study_with_loras(world: World, root: Path, checkpoints: int) -> TrialLayout:
     trial.folder.mkdir(parents=True)
     for epoch in range(1, checkpoints + 1):
         trial.intermediate_checkpoint(epoch).write_bytes(lora_files.lora(epoch, world.modules))
-    plan = make_plan(
-        base_model=world.base_model,
-        prompts=PROMPTS,
-        device="cpu",
-        num_samples=world.samples,
+    write_run(
+        study,
+        world.base_model,
+        PROMPTS,
+        samples=world.samples,
         steps=world.steps,
+        threads=world.threads,
         clip_model=world.clip_model,
     )
-    run = Run(
-        folder_id="0123456789abcdef",
-        study_name="throughput",
-        storage=f"sqlite:///{study.database}",
-        workload="stable_diffusion_lora",
-        score_source="evaluator",
-        status="finished",
-        created=NOON,
-        updated=NOON,
-        base_model=str(world.base_model),
-        plan=plan,
-        plan_hash=plan.digest(),
-        trainer=Trainer(name="native"),
-        settings={"clip-model": str(world.clip_model)} if world.clip_model else {},
-        threads_per_process=world.threads,
-        versions={},
-    )
-    write_model(study.run, run)
     return trial
 
 

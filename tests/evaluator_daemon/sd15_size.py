@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from datetime import UTC, datetime
 from pathlib import Path
 
-from shared.files import write_model
-from shared.layout import StudyLayout
-from shared.planning import make_plan
-from shared.schemas import Run, Trainer
-from tests.evaluator_daemon.tiny_models import PROMPTS, save_tokenizer
+from tests.evaluator_daemon.tiny_models import save_tokenizer
 
 SIZE_PX = 64
-NOON = datetime(2025, 11, 15, 12, tzinfo=UTC)
 
 
 def save_sd15_size(folder: Path) -> Path:
@@ -74,29 +68,3 @@ def sd15_modules() -> dict[str, tuple[int, ...]]:
         unet = UNet2DConditionModel(cross_attention_dim=768)
         text = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12))
     return {name: tuple(layer.weight.shape) for name, layer in (*unet_layers(unet), *text_layers(text))}
-
-
-def write_study(study: StudyLayout, base_model: Path, *, samples: int, steps: int, threads: int = 1) -> None:
-    """A study whose trials are evaluated on the CPU with so many pictures and sampling steps."""
-    plan = make_plan(base_model=base_model, prompts=PROMPTS, device="cpu", num_samples=samples, steps=steps)
-    study.root.mkdir(parents=True, exist_ok=True)
-    write_model(
-        study.run,
-        Run(
-            folder_id="0123456789abcdef",
-            study_name="sizes",
-            storage=f"sqlite:///{study.database}",
-            workload="stable_diffusion_lora",
-            score_source="evaluator",
-            status="finished",
-            created=NOON,
-            updated=NOON,
-            base_model=str(base_model),
-            plan=plan,
-            plan_hash=plan.digest(),
-            trainer=Trainer(name="native", version="1", python="python3"),
-            settings={},
-            threads_per_process=threads,
-            versions={},
-        ),
-    )

@@ -14,7 +14,9 @@ from PIL import Image
 from shared.files import read_model
 from shared.layout import StudyLayout
 from shared.schemas import Metrics
-from tests.evaluator_daemon.sd15_size import SIZE_PX, save_sd15_size, sd15_modules, write_study
+from tests.evaluator_daemon.sd15_size import SIZE_PX, save_sd15_size, sd15_modules
+from tests.evaluator_daemon.tiny_models import PROMPTS
+from tests.evaluator_daemon.written_run import write_run
 from tests.scenarios import lora_files
 
 LIMIT_S = 1500
@@ -28,7 +30,7 @@ def test_a_rank_4_lora_of_192_and_72_modules_is_scored_on_a_cpu(tmp_path, record
     unet = [name for name in modules if name.startswith("lora_unet_")]
     assert (len(unet), len(modules) - len(unet)) == (192, 72)
     study = StudyLayout(tmp_path / "study")
-    write_study(study, base, samples=2, steps=2)
+    write_run(study, base, PROMPTS, samples=2, steps=2)
     trial = study.trial(1)
     trial.folder.mkdir()
     trial.final_checkpoint.write_bytes(lora_files.lora(3, modules, metadata=lora_files.STANDARD))
