@@ -70,11 +70,11 @@ def models_of(pipeline) -> dict[str, torch.nn.Module]:
 def plain_pictures(pipeline, plan) -> np.ndarray:
     """The plan's grid by a plain call of the pipeline, one picture after the other."""
     pictures = []
-    for prompt, seed in map(plan.sample, range(plan.num_samples)):
+    for sample in map(plan.sample, range(plan.num_samples)):
         image = pipeline(
-            prompt,
+            sample.prompt,
             negative_prompt="",
-            generator=torch.Generator().manual_seed(seed),
+            generator=torch.Generator().manual_seed(sample.seed),
             num_inference_steps=plan.steps,
             guidance_scale=plan.cfg_scale,
             width=plan.width,
