@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from evaluator_daemon.folder import Model, list_folder, look_at, read_or_none, weights
 from evaluator_daemon.sweep import TrialView, is_over, open_files
@@ -34,15 +33,9 @@ _EVALUATIONS = str(_RELATIVE.evaluations.folder)
 _DOCUMENTS = tuple(map(str, (_RELATIVE.state, _RELATIVE.params, _RELATIVE.trainer_lock, _RELATIVE.evaluations.state)))
 
 
-class Stamp(NamedTuple):
-    """What changes when a name appears in, or vanishes from, a trial's folder or its evaluations' folder."""
-
-    device: int
-    inode: int
-    modified_ns: int
-    changed_ns: int
-    evaluations_inode: int
-    evaluations_modified_ns: int
+Stamp = tuple[int, int, int, int, int, int]
+"""Of a trial: device, inode, modification and change time of its folder (ns), inode and modification time of its
+evaluations' folder: what changes when a name appears there or vanishes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +81,7 @@ class Lookout:
         self._last_full_s = -float("inf")
         self._full_due_s = -float("inf")
         self._quiet: dict[str, _Quiet] = {}
-        self._identities: dict[str, tuple[int, int]] = {}
+        self._stamps: dict[str, Stamp] = {}
         self._documents: dict[str, Documents] = {}
         self.looks = 0
         """How often a trial was looked at in full."""
@@ -96,7 +89,7 @@ class Lookout:
     @property
     def names(self) -> Collection[str]:
         """Every trial there was at the last sweep."""
-        return self._identities.keys()
+        return self._stamps.keys()
 
     @property
     def quarantined(self) -> list[QuarantinedCheckpoint]:
@@ -124,10 +117,10 @@ class Lookout:
             self._last_full_s, self._full_due_s = begin_s, begin_s + self._full_sweep_s
         trusted_before_ns = int((self._wall_clock() - COARSEST_CLOCK_S) * 1e9)
         found = self._list()
-        for name in self._changed_identities(found):
+        for name in self._gone_or_replaced(found):
             self._forget(name)
             moved(name)
-        self._identities = {name: (stamp.device, stamp.inode) for name, stamp in found.items()}
+        self._stamps = found
         to_look_at = [name for name, stamp in found.items() if not self._is_still_quiet(name, stamp, in_use, is_full)]
         optimizer_lives = FileLock.is_held(self._study.optimizer_lock)
         views = []
@@ -141,7 +134,7 @@ class Lookout:
             seen(view)
             if trial.name not in in_use and self._is_quiet(view):
                 stamp = found[trial.name]
-                trusted = max(stamp.modified_ns, stamp.changed_ns, stamp.evaluations_modified_ns) < trusted_before_ns
+                trusted = max(stamp[2], stamp[3], stamp[5]) < trusted_before_ns
                 files = tuple((f"{f.name}.safetensors", f.size, f.modified_ns, f.changed_s) for f in view.files)
                 quarantined = tuple(quarantined_in(view))
                 self._quiet[trial.name] = _Quiet(stamp if trusted else None, hash((documents, files)), quarantined)
@@ -164,12 +157,9 @@ class Lookout:
             return {}
         return found
 
-    def _changed_identities(self, found: dict[str, Stamp]) -> list[str]:
-        return [
-            name
-            for name, identity in self._identities.items()
-            if name not in found or (found[name].device, found[name].inode) != identity
-        ]
+    def _gone_or_replaced(self, found: dict[str, Stamp]) -> list[str]:
+        changed = [name for name, stamp in self._stamps.items() if found.get(name) != stamp]
+        return [name for name in changed if name not in found or found[name][:2] != self._stamps[name][:2]]
 
     def _is_still_quiet(self, name: str, stamp: Stamp, in_use: Collection[str], is_full: bool) -> bool:
         quiet = self._quiet.get(name)
@@ -245,8 +235,8 @@ def _stamp(folder: str) -> Stamp | None:
     try:
         evaluations = os.stat(f"{folder}/{_EVALUATIONS}")  # noqa: PTH116
     except OSError:
-        return Stamp(own.st_dev, own.st_ino, own.st_mtime_ns, own.st_ctime_ns, 0, 0)
-    return Stamp(own.st_dev, own.st_ino, own.st_mtime_ns, own.st_ctime_ns, evaluations.st_ino, evaluations.st_mtime_ns)
+        return own.st_dev, own.st_ino, own.st_mtime_ns, own.st_ctime_ns, 0, 0
+    return own.st_dev, own.st_ino, own.st_mtime_ns, own.st_ctime_ns, evaluations.st_ino, evaluations.st_mtime_ns
 
 
 def _fingerprint(folder: str) -> int | None:
