@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from evaluator_daemon.settings import EvaluatorSettings
 from shared.devices import require_device, resolve_device
 from shared.errors import SettingsError, StudyMismatchError
 from shared.files import read_kept
+from shared.held_out import pictures_in, require_unchanged
 from shared.layout import StudyLayout
-from shared.model_folders import digest_model, require_base_model, require_clip_model
+from shared.metric_names import MetricInputs, parse_metrics
+from shared.model_folders import digest_model, require_base_model
 from shared.planning import make_plan
 from shared.prompts import read_prompt_file
 from shared.schemas import EvaluationPlan, Run
+from shared.schemas.pictures import Picture, StudyPictures
+from shared.scoring_presets import COMBINED, load_preset, lpips_digest, metrics_of, plan_scoring
 from shared.settings import LoadedSettings, make_writable_folder
 
 
@@ -30,6 +37,9 @@ class Job:
         threads: CPU threads of one evaluator.
         check_interval_s: how late a new checkpoint may be seen.
         idle_timeout_s: after how much quiet a trial without state files is over.
+        dino_model: local DINOv2 folder, None to do without.
+        lpips_weights: file of LPIPS' backbone, or the word "random"; None to do without.
+        pictures: the data set's, as they were when the study began.
     """
 
     root: Path
@@ -40,6 +50,9 @@ class Job:
     threads: int
     check_interval_s: float
     idle_timeout_s: float
+    dino_model: Path | None = None
+    lpips_weights: Path | None = None
+    pictures: StudyPictures = field(default_factory=StudyPictures)
 
 
 def study_folder(settings: EvaluatorSettings, *, make: bool) -> StudyLayout:
@@ -80,17 +93,18 @@ def find_job(loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout) -> J
     if settings.base_model is None or settings.prompts is None:
         return None
     require_base_model(settings.base_model)
-    if settings.clip_model is not None:
-        require_clip_model(settings.clip_model)
+    inputs = _inputs_of_flags(settings)
+    preset = load_preset(settings.scoring or COMBINED)
+    metrics = parse_metrics(settings.metrics, inputs, preset.needed_metrics)
     plan = make_plan(
         base_model=settings.base_model,
         prompts=read_prompt_file(settings.prompts),
         device=settings.device,
         num_samples=settings.num_samples,
-        clip_model=settings.clip_model,
+        scoring=plan_scoring(preset, metrics, inputs, _measure_targets),
     )
     threads = max(1, (os.cpu_count() or 1) // 2)
-    return _job(settings, study, plan, settings.base_model, settings.clip_model, threads)
+    return _job(settings, study, plan, settings.base_model, inputs, threads)
 
 
 def read_run(study: StudyLayout) -> Run | None:
@@ -115,16 +129,81 @@ def _job_of_study(loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout,
             f"{base_model}: its content is not that of the base model the study was started with; put that one back "
             "or start a new study"
         )
-    recorded = run.settings.get("clip-model", run.settings.get("clip_model"))
-    clip_model = settings.clip_model or (Path(recorded) if isinstance(recorded, str) else None)
-    planned = plan.scoring.values.get("clip_digest")
-    if planned is None:
-        clip_model = None  # the study was started without: its scores stay comparable
-    elif clip_model is None or digest_model(clip_model, setting="--clip-model") != planned:
+    _require_same_scoring(loaded, plan)
+    inputs = MetricInputs(
+        clip_model=_of_study(plan, run, settings.clip_model, "clip", "CLIP", _model_digest),
+        dino_model=_of_study(plan, run, settings.dino_model, "dino", "DINOv2", _model_digest),
+        lpips_weights=_of_study(plan, run, settings.lpips_weights, "lpips", "LPIPS backbone", _lpips_digest),
+        pictures=run.pictures or StudyPictures(),
+    )
+    require_unchanged(inputs.pictures.held_out, "held-out")
+    return _job(settings, study, plan, base_model, inputs, run.threads_per_process)
+
+
+def _inputs_of_flags(settings: EvaluatorSettings) -> MetricInputs:
+    folder = settings.reference_pictures
+    held_out = () if folder is None else pictures_in(folder, "--reference-pictures")
+    return MetricInputs(
+        settings.clip_model, settings.dino_model, settings.lpips_weights, StudyPictures(held_out=held_out)
+    )
+
+
+def _require_same_scoring(loaded: LoadedSettings[EvaluatorSettings], plan: EvaluationPlan) -> None:
+    """A study's metrics, scoring and held-out pictures are those of its plan."""
+    settings = loaded.settings
+    if settings.reference_pictures is not None:
         raise StudyMismatchError(
-            f"{clip_model or 'no CLIP model'}: the study was started with another CLIP; name that one by --clip-model"
+            f"{loaded.origins['reference_pictures']}: likeness in a study is measured to the held-out pictures of its "
+            "run.json; leave the flag out"
         )
-    return _job(settings, study, plan, base_model, clip_model, run.threads_per_process)
+    if settings.scoring is not None and load_preset(settings.scoring).name != plan.scoring.name:
+        raise _differs(loaded.origins["scoring"], settings.scoring, plan.scoring.name)
+    if settings.metrics is not None and (named := parse_metrics(settings.metrics)) != metrics_of(plan):
+        raise _differs(loaded.origins["metrics"], ",".join(named), ",".join(metrics_of(plan)))
+
+
+def _of_study(
+    plan: EvaluationPlan,
+    run: Run,
+    flag: Path | None,
+    network: str,
+    called: str,
+    digest: Callable[[Path, str], str],
+) -> Path | None:
+    """Return where a network of the study lies.
+
+    Returns:
+        None for one the study was started without, whatever the flag says: its scores stay comparable.
+    Raises:
+        StudyMismatchError: it is not the one the study was started with.
+    """
+    setting = {"clip": "clip-model", "dino": "dino-model", "lpips": "lpips-weights"}[network]
+    planned = plan.scoring.values.get(f"{network}_digest")
+    if planned is None:
+        return None
+    recorded = run.settings.get(setting, run.settings.get(setting.replace("-", "_")))
+    path = flag or (Path(recorded) if isinstance(recorded, str) else None)
+    if path is None or digest(path, f"--{setting}") != planned:
+        raise StudyMismatchError(
+            f"{path or f'no {called} model'}: the study was started with another {called}; name that one by --{setting}"
+        )
+    return path
+
+
+def _model_digest(folder: Path, setting: str) -> str:
+    return digest_model(folder, setting=setting)
+
+
+def _lpips_digest(weights: Path, setting: str) -> str:
+    del setting  # it names the flag itself
+    return lpips_digest(weights)
+
+
+def _measure_targets(pictures: Sequence[Picture]) -> Mapping[str, float]:
+    # By name: only this needs the imaging library, and only for targets = "dataset".
+    module: Any = importlib.import_module("evaluator_daemon.metrics.targets")
+    found: Mapping[str, float] = module.measure_targets(pictures)
+    return found
 
 
 def _job(
@@ -132,18 +211,21 @@ def _job(
     study: StudyLayout,
     plan: EvaluationPlan,
     base_model: Path,
-    clip_model: Path | None,
+    inputs: MetricInputs,
     threads: int,
 ) -> Job:
     return Job(
         root=study.root,
         plan=plan,
         base_model=base_model.resolve(),
-        clip_model=clip_model and clip_model.resolve(),
+        clip_model=inputs.clip_model and inputs.clip_model.resolve(),
         device=resolve_device(settings.device),
         threads=threads,
         check_interval_s=settings.evaluator_check_interval,
         idle_timeout_s=settings.idle_timeout,
+        dino_model=inputs.dino_model and inputs.dino_model.resolve(),
+        lpips_weights=inputs.lpips_weights and inputs.lpips_weights.absolute(),
+        pictures=inputs.pictures,
     )
 
 

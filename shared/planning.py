@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shared.devices import default_dtype
+from shared.metric_names import METRIC_SOURCES
 from shared.model_folders import default_size, digest_model
-from shared.schemas.plan import EvaluationPlan
-from shared.scoring_presets import METRIC_SOURCES, combined_preset
+from shared.schemas.plan import EvaluationPlan, ScoringPreset
+from shared.scoring_presets import combined_preset
 
 STEPS = 20
 SAMPLER = "dpmpp_2m_karras"
@@ -31,6 +32,7 @@ def make_plan(
     base_seed: int = BASE_SEED,
     clip_model: Path | None = None,
     metrics: Sequence[str] = METRIC_SOURCES,
+    scoring: ScoringPreset | None = None,
 ) -> EvaluationPlan:
     """Freeze everything that decides a checkpoint's pixels and scores; settings beyond these have their defaults.
 
@@ -40,6 +42,7 @@ def make_plan(
         clip_skip: the training's, 1 for the text encoder's last layer.
         clip_model: local CLIP folder, None to do without CLIP consistency.
         metrics: what is measured, from `parse_metrics`.
+        scoring: a whole scoring from `plan_scoring`; without one the default preset with `clip_model` and `metrics`.
     Raises:
         SettingsError: the base model or the CLIP is not usable.
     """
@@ -60,5 +63,5 @@ def make_plan(
         lora_scale=1.0,
         dtype=default_dtype(device),
         batch_size=num_samples,
-        scoring=combined_preset(clip_model, metrics),
+        scoring=scoring or combined_preset(clip_model, metrics),
     )
