@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ def find_job(loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout) -> J
     if settings.base_model is None or settings.prompts is None:
         return None
     require_base_model(settings.base_model)
-    inputs = _inputs_of_flags(settings)
+    inputs = inputs_of_flags(settings)
     preset = load_preset(settings.scoring or COMBINED)
     metrics = parse_metrics(settings.metrics, inputs, preset.needed_metrics)
     plan = make_plan(
@@ -130,22 +130,43 @@ def _job_of_study(loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout,
             "or start a new study"
         )
     _require_same_scoring(loaded, plan)
+    there = inputs_of_run(settings, run)
     inputs = MetricInputs(
-        clip_model=_of_study(plan, run, settings.clip_model, "clip", "CLIP", _model_digest),
-        dino_model=_of_study(plan, run, settings.dino_model, "dino", "DINOv2", _model_digest),
-        lpips_weights=_of_study(plan, run, settings.lpips_weights, "lpips", "LPIPS backbone", _lpips_digest),
-        pictures=run.pictures or StudyPictures(),
+        clip_model=_of_plan(plan, "clip_digest", "CLIP", "--clip-model", there.clip_model),
+        dino_model=_of_plan(plan, "dino_digest", "DINOv2", "--dino-model", there.dino_model),
+        lpips_weights=_of_plan(plan, "lpips_digest", "LPIPS backbone", "--lpips-weights", there.lpips_weights),
+        pictures=there.pictures,
     )
     require_unchanged(inputs.pictures.held_out, "held-out")
     return _job(settings, study, plan, base_model, inputs, run.threads_per_process)
 
 
-def _inputs_of_flags(settings: EvaluatorSettings) -> MetricInputs:
+def inputs_of_flags(settings: EvaluatorSettings) -> MetricInputs:
+    """Return the networks and pictures that the flags name.
+
+    Raises:
+        SettingsError: the folder of --reference-pictures holds no picture, or one cannot be read.
+    """
     folder = settings.reference_pictures
     held_out = () if folder is None else pictures_in(folder, "--reference-pictures")
     return MetricInputs(
         settings.clip_model, settings.dino_model, settings.lpips_weights, StudyPictures(held_out=held_out)
     )
+
+
+def inputs_of_run(settings: EvaluatorSettings, run: Run) -> MetricInputs:
+    """Return the networks and pictures of a study as run.json names them; flags say where a network lies now."""
+    return MetricInputs(
+        clip_model=settings.clip_model or _recorded(run, "clip-model"),
+        dino_model=settings.dino_model or _recorded(run, "dino-model"),
+        lpips_weights=settings.lpips_weights or _recorded(run, "lpips-weights"),
+        pictures=run.pictures or StudyPictures(),
+    )
+
+
+def _recorded(run: Run, setting: str) -> Path | None:
+    path = run.settings.get(setting, run.settings.get(setting.replace("-", "_")))
+    return Path(path) if isinstance(path, str) else None
 
 
 def _require_same_scoring(loaded: LoadedSettings[EvaluatorSettings], plan: EvaluationPlan) -> None:
@@ -162,14 +183,7 @@ def _require_same_scoring(loaded: LoadedSettings[EvaluatorSettings], plan: Evalu
         raise _differs(loaded.origins["metrics"], ",".join(named), ",".join(metrics_of(plan)))
 
 
-def _of_study(
-    plan: EvaluationPlan,
-    run: Run,
-    flag: Path | None,
-    network: str,
-    called: str,
-    digest: Callable[[Path, str], str],
-) -> Path | None:
+def _of_plan(plan: EvaluationPlan, identity: str, network: str, flag: str, path: Path | None) -> Path | None:
     """Return where a network of the study lies.
 
     Returns:
@@ -177,26 +191,17 @@ def _of_study(
     Raises:
         StudyMismatchError: it is not the one the study was started with.
     """
-    setting = {"clip": "clip-model", "dino": "dino-model", "lpips": "lpips-weights"}[network]
-    planned = plan.scoring.values.get(f"{network}_digest")
+    planned = plan.scoring.values.get(identity)
     if planned is None:
         return None
-    recorded = run.settings.get(setting, run.settings.get(setting.replace("-", "_")))
-    path = flag or (Path(recorded) if isinstance(recorded, str) else None)
-    if path is None or digest(path, f"--{setting}") != planned:
-        raise StudyMismatchError(
-            f"{path or f'no {called} model'}: the study was started with another {called}; name that one by --{setting}"
-        )
-    return path
-
-
-def _model_digest(folder: Path, setting: str) -> str:
-    return digest_model(folder, setting=setting)
-
-
-def _lpips_digest(weights: Path, setting: str) -> str:
-    del setting  # it names the flag itself
-    return lpips_digest(weights)
+    if path is not None:
+        found = lpips_digest(path) if flag == "--lpips-weights" else digest_model(path, setting=flag)
+        if found == planned:
+            return path
+    no_network = f"no {network}" if flag == "--lpips-weights" else f"no {network} model"
+    raise StudyMismatchError(
+        f"{path or no_network}: the study was started with another {network}; name that one by {flag}"
+    )
 
 
 def _measure_targets(pictures: Sequence[Picture]) -> Mapping[str, float]:

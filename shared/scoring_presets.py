@@ -1,6 +1,6 @@
 """How measurements become the score of a study: presets as TOML, copied into the plan so that an edit changes nothing.
 
-A score is a sum of weighted terms, lower is better. Everything is a number or a word under a dotted name in `plan.scoring.values`.
+A score is a sum of weighted terms, lower is better. In the plan everything is a number or a word under a dotted name.
 """
 
 from __future__ import annotations

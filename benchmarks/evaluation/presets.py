@@ -35,6 +35,7 @@ TRAINING_SEEDS = (42,)
 STUDY_PROMPTS = fixed_prompts(8, TARGET_LIGHTING)
 TRUTH_PROMPTS = random_prompts(8, [TARGET_LIGHTING], seed=77)
 TRUTH_SEED = 9000
+RENDER_STEPS = 10
 
 
 def run_name(rate: float, seed: int) -> str:
@@ -83,7 +84,6 @@ def checkpoints(into: Path) -> list[Path]:
 
 def render(into: Path) -> None:
     """Render the study's grids and the truth's with the base model and every checkpoint; what is there is kept."""
-    device = dict(device="cpu", threads=1, check_interval_s=1.0, idle_timeout_s=1.0)
     plans = {
         "study": make_plan(
             base_model=BASE_MODEL,
@@ -91,6 +91,7 @@ def render(into: Path) -> None:
             device="cpu",
             num_samples=len(STUDY_PROMPTS),
             cfg_scale=GUIDANCE,
+            steps=RENDER_STEPS,
         ),
         "truth": make_plan(
             base_model=BASE_MODEL,
@@ -98,13 +99,14 @@ def render(into: Path) -> None:
             device="cpu",
             num_samples=len(TRUTH_PROMPTS),
             cfg_scale=GUIDANCE,
+            steps=RENDER_STEPS,
             base_seed=TRUTH_SEED,
         ),
     }
     renderers = {
         # one grid is one batch, as in a study
         name: DiffusionRenderer(
-            Job(into, plan.model_copy(update={"batch_size": 8}), BASE_MODEL, CLIP_MODEL, **device)  # type: ignore[arg-type]
+            Job(into, plan.model_copy(update={"batch_size": 8}), BASE_MODEL, CLIP_MODEL, "cpu", 1, 1.0, 1.0)
         )
         for name, plan in plans.items()
     }

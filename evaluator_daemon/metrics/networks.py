@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -208,16 +209,50 @@ def _embed_files(network: Embedder, pictures: Sequence[PictureFile]) -> dict[str
     return {"embeddings": torch.cat(parts)}
 
 
-def channel_statistics(clip: Clip, pictures: Sequence[Picture]) -> Tensor:
-    """Return (n, s) mean and standard deviation over the patches of each channel of CLIP's first layers.
+@dataclass(frozen=True)
+class Look:
+    """What the reference pictures look like.
 
-    The first half of the vision layers counts, the patch embedding included: texture and colour, before the later
-    layers speak of content. Each channel is divided by its standard deviation over all patches of the pictures.
+    Args:
+        statistics: (h, s) of each picture, from `channel_statistics`.
+        scale: (s,) spread of each channel over all their patches; the unit of a distance.
+    """
+
+    statistics: Tensor
+    scale: Tensor
+
+
+def reference_look(clip: Clip, pictures: Sequence[PictureFile], job: Job) -> Look:
+    """Return the look of the pictures, computed once per study and kept like `reference_embeddings`.
+
+    Raises:
+        StudyMismatchError: a picture is not what the study began with.
+    """
+
+    def compute() -> dict[str, Tensor]:
+        read = [read_picture(file) for file in pictures]
+        statistics = torch.cat(
+            [channel_statistics(clip, read[i : i + BATCH]).cpu() for i in range(0, len(read), BATCH)]
+        )
+        means, spreads = statistics.chunk(2, dim=1)
+        # the variance over all patches is the mean variance within pictures and the variance between their means
+        scale = (spreads.square().mean(dim=0) + means.var(dim=0, correction=0)).sqrt().clamp_min(1e-6)
+        return {"statistics": statistics.contiguous(), "scale": torch.cat([scale, scale])}
+
+    found = cached(f"look:{clip.digest}", pictures, job, compute)
+    return Look(found["statistics"], found["scale"])
+
+
+@torch.inference_mode()
+def channel_statistics(clip: Clip, pictures: Sequence[Picture]) -> Tensor:
+    """Return (n, s): the mean over the patches of each channel of CLIP's first layers, then the standard deviations.
+
+    The patch embedding and the first half of the layers count: texture and colour, before the later layers speak of
+    content.
     """
     _, states = clip.look(pictures)
-    early = states[: (len(states) + 1) // 2]
-    parts = [part for state in early for part in (state.mean(dim=1), state.std(dim=1))]
-    return torch.cat(parts, dim=1)
+    early = torch.cat(states[: (len(states) + 1) // 2], dim=2)
+    return torch.cat([early.mean(dim=1), early.std(dim=1, correction=0)], dim=1)
 
 
 def nearest_neighbours(embeddings: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ a picture, as in AdaIN (Huang and Belongie 2017, arXiv:1703.06868), the diagonal
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from evaluator_daemon.job import Job
@@ -26,6 +27,8 @@ from shared.schemas import Metric
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from evaluator_daemon.metrics.networks import Look
+
 NAME = "style_distance"
 
 
@@ -34,7 +37,7 @@ class StyleDistance:
 
     facts = Facts(
         version="1",
-        quantities={NAME: Quantity("minimise", 0.0, 4.0, "distance of early CLIP statistics to the held-out pictures'")},
+        quantities={NAME: Quantity("minimise", 0.0, math.inf, "distance of the look to the held-out pictures'")},
         source="channel statistics as in AdaIN, arXiv:1703.06868, of the first half of CLIP's vision layers",
         code_licence=ClipConsistency.facts.code_licence,
         weights=ClipConsistency.facts.weights,
@@ -47,11 +50,11 @@ class StyleDistance:
         self._why_not = self.why_not(job)
         if self._why_not:
             return
-        from evaluator_daemon.metrics.networks import clip_of, reference_statistics
+        from evaluator_daemon.metrics.networks import clip_of, reference_look
 
         self._clip, self._why_not = clip_of(job)
         if self._clip is not None:
-            self._look = reference_statistics(self._clip, job.pictures.held_out, job)
+            self._look = reference_look(self._clip, job.pictures.held_out, job)
 
     @staticmethod
     def why_not(inputs: Inputs) -> str:
@@ -66,6 +69,7 @@ class StyleDistance:
         return {NAME: measured(_distances(statistics, self._look).tolist(), "minimise")}
 
 
-def _distances(statistics: Tensor, look: Tensor) -> Tensor:
-    """Return each picture's mean distance to the held-out ones: (n, s) and (h, s) unit-scaled -> (n,)."""
-    return (statistics[:, None] - look[None]).square().mean(dim=2).sqrt().mean(dim=1)
+def _distances(statistics: Tensor, look: Look) -> Tensor:
+    """Return (n,) each picture's mean distance to the held-out ones, in spreads of a channel."""
+    differences = (statistics[:, None] - look.statistics[None]) / look.scale
+    return differences.square().mean(dim=2).sqrt().mean(dim=1)
