@@ -39,7 +39,7 @@ SOURCE_OF: Mapping[str, str] = {
     **dict.fromkeys((COMBINED_SCORE, "brightness", "contrast", "saturation", "sharpness"), "pixels"),
     "base_difference": "pixels",
     **{name: name for name in NEEDS if name not in ("pixels", "memorisation")},
-    "prompt_margin": "clip_consistency",
+    "prompt_match": "clip_consistency",
 }
 """Quantity a term may use -> the metric that measures it. The memorisation alarm is no part of any score."""
 

@@ -7,24 +7,37 @@ python benchmarks/evaluation/presets.py score --into /tmp/presets    # writes be
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
 
 from evaluator_daemon.job import Job
-from evaluator_daemon.metrics.base import Picture
+from evaluator_daemon.measuring import gate_of, measure, scores_of
+from evaluator_daemon.metrics import METRICS
+from evaluator_daemon.metrics.base import Picture, RenderedSet
+from evaluator_daemon.metrics.targets import measure_targets
 from evaluator_daemon.renderers.diffusion import DiffusionRenderer
-from examples.tiny_world.judge import GUIDANCE, fixed_prompts, random_prompts
+from examples.tiny_world.judge import GUIDANCE, ClipJudge, fixed_prompts, random_prompts
 from examples.tiny_world.paths import BASE_MODEL, CLIP_MODEL, DATASET_TOML
-from examples.tiny_world.scenes import TARGET_LIGHTING
+from examples.tiny_world.scenes import TARGET_LIGHTING, draw_scene
+from examples.tiny_world.scenes import render as ray_cast
 from optimizer_daemon.lora_training.config import TrainConfig, to_toml
 from shared.held_out import study_pictures, with_held_out
+from shared.metric_names import MetricInputs, parse_metrics
 from shared.planning import make_plan
 from shared.safetensors_file import lora_modules, read_checkpoint
+from shared.scoring_presets import COMBINED, load_preset, plan_scoring, preset_names
 
+REPORT = Path(__file__).with_suffix(".json")
+SCENES = 64
 STUDY_SEED = 42
 RANK = 16
 EPOCHS = 12
@@ -132,12 +145,137 @@ def _keep(file: Path, make: Callable[[], list[Picture]]) -> None:
         temporary.rename(file)
 
 
+@dataclass(frozen=True)
+class Judged:
+    """One checkpoint.
+
+    Args:
+        error: mean over the truth's prompts of the RMS difference (RGB/255) to the nearest true scene of the prompt.
+        right: share of the truth's pictures in which CLIP names shape, colour and background as asked.
+        feasible: whether the gate lets it pass.
+        scores: each preset's score, lower is better.
+        metrics: means of the study's pictures.
+    """
+
+    name: str
+    error: float
+    right: float
+    feasible: bool
+    scores: dict[str, float]
+    metrics: dict[str, float]
+
+
+def true_scenes() -> NDArray[np.float32]:
+    """Return (prompts, SCENES, 64, 64, 3): fresh scenes in the target style, size, place, turn and light at random."""
+    rng = np.random.default_rng(5)
+    return (
+        np.stack(
+            [
+                np.stack(
+                    [
+                        ray_cast(
+                            draw_scene(rng, TARGET_LIGHTING, shape=p.shape, color=p.color, background=p.background)
+                        )
+                        for _ in range(SCENES)
+                    ]
+                )
+                for p in TRUTH_PROMPTS
+            ]
+        ).astype(np.float32)
+        / 255
+    )
+
+
+def score(into: Path) -> None:
+    """Score the rendered checkpoints with every preset, and compare with the truth."""
+    inputs = MetricInputs(
+        clip_model=CLIP_MODEL,
+        lpips_weights=Path("random"),
+        pictures=with_held_out(study_pictures(DATASET_TOML), STUDY_SEED),
+    )
+    metrics = parse_metrics(None, inputs, tuple(sorted(set(METRICS.names) - {"dino_likeness"})))
+    plans = {
+        name: make_plan(
+            base_model=BASE_MODEL,
+            prompts=[prompt.text for prompt in STUDY_PROMPTS],
+            device="cpu",
+            scoring=plan_scoring(load_preset(name), metrics, inputs, measure_targets),
+        )
+        for name in preset_names()
+    }
+    plan = plans[COMBINED]
+    job = Job(into, plan, BASE_MODEL, CLIP_MODEL, "cpu", 1, 1.0, 1.0, None, Path("random"), inputs.pictures)
+    sources = [METRICS.load(name)(job) for name in metrics]
+    scenes, clip = true_scenes(), ClipJudge()
+    prompts = [prompt.text for prompt in STUDY_PROMPTS]
+    base = list(np.load(into / "base_study.npz")["arr_0"])
+    base_metrics = measure(sources, RenderedSet(base, prompts, None))
+
+    def judged(name: str, study: list[Picture], truth: NDArray[np.uint8]) -> Judged:
+        rendered = RenderedSet(study, prompts, base)
+        found = measure(sources, rendered)
+        named = clip.name(truth)
+        asked = [(p.shape, p.color, p.background) for p in TRUTH_PROMPTS]
+        apart = scenes - truth[:, None].astype(np.float32) / 255
+        values = {preset: scores_of(found, p)[p.scoring.objective].value for preset, p in plans.items()}
+        return Judged(
+            name,
+            float(np.sqrt(np.square(apart).mean(axis=(2, 3, 4))).min(axis=1).mean()),
+            float(np.mean([n == a for n, a in zip(named, asked, strict=True)])),
+            gate_of(rendered, found, base_metrics, plan).feasible,
+            {preset: value for preset, value in values.items() if value is not None},
+            {quantity: metric.value for quantity, metric in found.items() if metric.value is not None},
+        )
+
+    rows = [
+        judged(
+            f"{file.parent.name}/{file.stem}",
+            list(np.load(file.with_name(f"{file.stem}_study.npz"))["arr_0"]),
+            np.load(file.with_name(f"{file.stem}_truth.npz"))["arr_0"],
+        )
+        for file in checkpoints(into)
+    ]
+    base_row = judged("base", base, np.load(into / "base_truth.npz")["arr_0"])
+    report = {
+        "base": asdict(base_row),
+        "checkpoints": [asdict(row) for row in rows],
+        "presets": {preset: _verdict(rows, lambda row, preset=preset: row.scores[preset]) for preset in plans},
+        "single_metrics": {
+            quantity: round(float(spearmanr([r.metrics[quantity] for r in rows], [r.error for r in rows]).statistic), 3)
+            for quantity in rows[0].metrics
+            if len({r.metrics[quantity] for r in rows}) > 1
+        },
+    }
+    REPORT.write_text(json.dumps(_rounded(report), indent=1) + "\n")
+    print(json.dumps(_rounded({"presets": report["presets"], "single": report["single_metrics"]}), indent=1))
+
+
+def _verdict(rows: list[Judged], key: Callable[[Judged], float]) -> dict[str, object]:
+    """Say how well a score ranks, and what it would choose with and without the gate."""
+    feasible = [row for row in rows if row.feasible]
+    with_gate, without = min(feasible, key=key), min(rows, key=key)
+    return {
+        "spearman_all": float(spearmanr([key(row) for row in rows], [row.error for row in rows]).statistic),
+        "spearman_feasible": float(spearmanr([key(r) for r in feasible], [r.error for r in feasible]).statistic),
+        "chosen": {"name": with_gate.name, "error": with_gate.error, "right": with_gate.right},
+        "chosen_without_gate": {"name": without.name, "error": without.error, "right": without.right},
+    }
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 4)
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["train", "render", "score"])
     parser.add_argument("--into", type=Path, required=True, help="folder of the trained LoRAs")
     options = parser.parse_args()
-    {"train": train, "render": render}[options.what](options.into.absolute())
+    {"train": train, "render": render, "score": score}[options.what](options.into.absolute())
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""How well each picture shows its prompt, by CLIP: the cosine between the embeddings of both, and its margin.
+"""How well each picture shows its prompt, by CLIP: the cosine between both, and the probability of its own prompt.
 
-The cosine follows Hessel et al. 2021, arXiv:2104.08718, without its factor 2.5. The margin compares it with the
-cosines of the same picture and the other prompts of the grid: what all prompts share, such as the style's name or the
-level of this CLIP's cosines, cancels out.
+The cosine follows Hessel et al. 2021, arXiv:2104.08718, without its factor 2.5; its level depends on the CLIP and on
+whether that knows the style's name. The probability is CLIP's own classifier (Radford et al. 2021, arXiv:2103.00020)
+over the prompts of the grid, at the temperature it was trained with: what all prompts share cancels out, and every
+CLIP has the scale 0-1.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from shared.metric_names import Inputs
 from shared.schemas import Metric
 
 NAME = "clip_consistency"
-MARGIN = "prompt_margin"
+MATCH = "prompt_match"
 
 
 class ClipConsistency:
@@ -31,9 +32,9 @@ class ClipConsistency:
         version="1",
         quantities={
             NAME: Quantity("maximise", -1.0, 1.0, "cosine of each picture with its prompt"),
-            MARGIN: Quantity("maximise", -2.0, 2.0, "that cosine minus the mean over the grid's other prompts"),
+            MATCH: Quantity("maximise", 0.0, 1.0, "probability of its own among the grid's prompts"),
         },
-        source="Hessel et al. 2021, arXiv:2104.08718, without its factor 2.5; the margin is this program's own",
+        source="Hessel et al. 2021, arXiv:2104.08718, without its factor 2.5; prompt_match: arXiv:2103.00020",
         code_licence="Apache-2.0 (transformers)",
         weights="any CLIP in transformers' layout, e.g. openai/clip-vit-large-patch14",
         weights_licence="MIT for OpenAI's; other CLIPs have their own",
@@ -60,9 +61,9 @@ class ClipConsistency:
         own = [float(cosines[i, prompts.index(prompt)]) for i, prompt in enumerate(rendered.prompts)]
         metrics = {NAME: measured(own, "maximise")}
         if len(prompts) == 1:
-            metrics[MARGIN] = unavailable("all pictures have the same prompt; give the study several", "maximise")
+            metrics[MATCH] = unavailable("all pictures have the same prompt; give the study several", "maximise")
         else:
-            sums = cosines.sum(dim=1).tolist()
-            others = [(total - mine) / (len(prompts) - 1) for total, mine in zip(sums, own, strict=True)]
-            metrics[MARGIN] = measured([mine - other for mine, other in zip(own, others, strict=True)], "maximise")
+            odds = (cosines * self._clip.temperature).softmax(dim=1)
+            right = [float(odds[i, prompts.index(prompt)]) for i, prompt in enumerate(rendered.prompts)]
+            metrics[MATCH] = measured(right, "maximise")
         return metrics

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -72,6 +71,8 @@ class Clip:
         self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         self._images = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
         self._model.train(False).to(self._device)
+        self.temperature = float(self._model.logit_scale.detach().exp())
+        """What CLIP was trained to multiply its cosines with before a softmax."""
         self._texts: dict[str, Tensor] = {}
         self._kept = _Kept(2)  # a checkpoint's pictures and the base model's
 
@@ -166,7 +167,7 @@ def _load(
 def read_picture(file: PictureFile) -> Picture:
     """Return a picture file as (height, width, 3) uint8 sRGB."""
     with Image.open(file.path) as image:
-        return np.asarray(image.convert("RGB"))
+        return np.array(image.convert("RGB"))  # a copy: torch wants it writable
 
 
 def reference_embeddings(network: Embedder, pictures: Sequence[PictureFile], job: Job) -> Tensor:
@@ -209,21 +210,8 @@ def _embed_files(network: Embedder, pictures: Sequence[PictureFile]) -> dict[str
     return {"embeddings": torch.cat(parts)}
 
 
-@dataclass(frozen=True)
-class Look:
-    """What the reference pictures look like.
-
-    Args:
-        statistics: (h, s) of each picture, from `channel_statistics`.
-        scale: (s,) spread of each channel over all their patches; the unit of a distance.
-    """
-
-    statistics: Tensor
-    scale: Tensor
-
-
-def reference_look(clip: Clip, pictures: Sequence[PictureFile], job: Job) -> Look:
-    """Return the look of the pictures, computed once per study and kept like `reference_embeddings`.
+def reference_moments(clip: Clip, pictures: Sequence[PictureFile], job: Job) -> Tensor:
+    """Return `channel_moments` of the pictures, computed once per study and kept like `reference_embeddings`.
 
     Raises:
         StudyMismatchError: a picture is not what the study began with.
@@ -231,28 +219,41 @@ def reference_look(clip: Clip, pictures: Sequence[PictureFile], job: Job) -> Loo
 
     def compute() -> dict[str, Tensor]:
         read = [read_picture(file) for file in pictures]
-        statistics = torch.cat(
-            [channel_statistics(clip, read[i : i + BATCH]).cpu() for i in range(0, len(read), BATCH)]
-        )
-        means, spreads = statistics.chunk(2, dim=1)
-        # the variance over all patches is the mean variance within pictures and the variance between their means
-        scale = (spreads.square().mean(dim=0) + means.var(dim=0, correction=0)).sqrt().clamp_min(1e-6)
-        return {"statistics": statistics.contiguous(), "scale": torch.cat([scale, scale])}
+        batches = [read[start : start + BATCH] for start in range(0, len(read), BATCH)]
+        return {"moments": torch.cat([channel_moments(clip, batch) for batch in batches])}
 
-    found = cached(f"look:{clip.digest}", pictures, job, compute)
-    return Look(found["statistics"], found["scale"])
+    return cached(f"moments:{clip.digest}", pictures, job, compute)["moments"]
 
 
 @torch.inference_mode()
-def channel_statistics(clip: Clip, pictures: Sequence[Picture]) -> Tensor:
-    """Return (n, s): the mean over the patches of each channel of CLIP's first layers, then the standard deviations.
+def channel_moments(clip: Clip, pictures: Sequence[Picture]) -> Tensor:
+    """Return (n, layers, 2, channels) float64: mean and mean square over the patches, of CLIP's first layers.
 
     The patch embedding and the first half of the layers count: texture and colour, before the later layers speak of
     content.
     """
     _, states = clip.look(pictures)
-    early = torch.cat(states[: (len(states) + 1) // 2], dim=2)
-    return torch.cat([early.mean(dim=1), early.std(dim=1, correction=0)], dim=1)
+    early = torch.stack(states[: (len(states) + 1) // 2], dim=1).double().cpu()
+    return torch.stack([early.mean(dim=2), early.square().mean(dim=2)], dim=2)
+
+
+def moments_distance(moments: Tensor, reference: Tensor) -> float:
+    """Return how far the pooled statistics of two sets of pictures are apart, in spreads of the reference's channels.
+
+    Args:
+        moments: (n, layers, 2, channels) from `channel_moments`.
+        reference: (h, layers, 2, channels).
+    """
+    (mean, spread), (wanted, unit) = _pooled(moments), _pooled(reference)
+    unit = unit.clamp_min(1e-6)
+    apart = ((mean - wanted) / unit).square() + ((spread - unit) / unit).square()
+    return float(apart.mean(dim=1).sqrt().mean())
+
+
+def _pooled(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (layers, channels) mean and standard deviation over all patches of all pictures."""
+    mean, square = moments.mean(dim=0).unbind(dim=1)
+    return mean, (square - mean.square()).clamp_min(0).sqrt()
 
 
 def nearest_neighbours(embeddings: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def test_a_file_from_before_a_field_was_added_reads_and_lacks_only_that(path, ma
     model = type(made[path.stem])
     earlier = read_model(path, model)
     added = set(model.model_fields) - earlier.model_fields_set
-    assert added
+    assert path.read_bytes() != (GOLDEN / path.name).read_bytes(), "a part of the file may have the new field"
     assert earlier == made[path.stem].model_copy(
         update={name: model.model_fields[name].get_default(call_default_factory=True) for name in added}
     )
