@@ -137,7 +137,7 @@ class Dino:
         return self._kept.get(pictures, compute)
 
 
-_loaded: dict[tuple[str, str, str], tuple[Any, str]] = {}
+_loaded: dict[tuple[str, str, str, str], tuple[Any, str]] = {}
 
 
 def clip_of(job: Job) -> tuple[Clip | None, str]:
@@ -154,7 +154,7 @@ def _load(
     network: Callable[[Path, str, str], E], name: str, folder: Path | None, digest: str, device: str
 ) -> tuple[E | None, str]:
     assert folder is not None, "why_not has seen that one is configured"
-    key = (name, str(folder), device)
+    key = (name, str(folder), digest, device)
     if key not in _loaded:
         try:
             _loaded[key] = (network(folder, digest, device), "")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.evaluator_daemon.tiny_models import save_base_model, save_clip
+from tests.evaluator_daemon.tiny_models import save_base_model, save_clip, save_dino
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +17,8 @@ def base_model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def clip_model(tmp_path_factory) -> Path:
     return save_clip(tmp_path_factory.mktemp("models") / "clip")
+
+
+@pytest.fixture(scope="session")
+def dino_model(tmp_path_factory) -> Path:
+    return save_dino(tmp_path_factory.mktemp("models") / "dino")

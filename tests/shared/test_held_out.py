@@ -61,7 +61,7 @@ def test_copies_of_a_held_out_picture_are_held_out_too(tmp_path):
 
 
 def test_too_few_pictures_and_unreadable_data_sets_are_refused(tmp_path):
-    with pytest.raises(SettingsError, match="19 different pictures.*only taken out of 20 or more"):
+    with pytest.raises(SettingsError, match=r"19 different pictures.*only taken out of 20 or more"):
         with_held_out(study_pictures(dataset(tmp_path / "few", 19)), 42)
     (tmp_path / "broken.toml").write_text("[[datasets")
     with pytest.raises(SettingsError, match="name a readable kohya dataset TOML"):

@@ -94,6 +94,6 @@ def test_targets_of_the_data_set_and_goals_are_numbers_in_the_plan(tmp_path):
 def test_a_score_whose_metric_nothing_can_measure_is_refused_at_the_start():
     with pytest.raises(SettingsError, match="its score needs clip_consistency; add --clip-model FOLDER"):
         plan_scoring(load_preset("recommended"), ("pixels",), MetricInputs(), lambda pictures: {})
-    with pytest.raises(SettingsError, match="style_distance.*20 pictures"):
+    with pytest.raises(SettingsError, match=r"style_distance.*20 pictures"):
         given = MetricInputs(clip_model=Path("clip"))
         plan_scoring(load_preset("recommended"), ("pixels",), given, lambda pictures: {})
