@@ -9,7 +9,7 @@ import secrets
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
 from importlib import metadata
@@ -21,7 +21,7 @@ from shared.errors import LabError, SettingsError, StudyMismatchError
 from shared.files import read_kept, write_model
 from shared.held_out import study_pictures, with_held_out
 from shared.layout import StudyLayout
-from shared.metric_names import PIXELS, MetricInputs, needs_held_out, parse_metrics, uses_pictures
+from shared.metric_names import MetricInputs, needs_held_out, parse_metrics, uses_pictures
 from shared.model_folders import digest_model
 from shared.planning import make_plan
 from shared.prompts import draw_prompts, read_prompt_file
@@ -205,17 +205,14 @@ def _measuring(settings: OptimizerSettings, dataset_config: Path) -> tuple[Scori
     """
     preset = load_preset(settings.scoring)
     inputs = MetricInputs(settings.clip_model, settings.dino_model, settings.lpips_weights)
-    if settings.metrics is not None or preset.targets == "dataset" or preset.needed_metrics != (PIXELS,):
-        asked = parse_metrics(settings.metrics, inputs, preset.needed_metrics)
-        needed = preset.targets == "dataset" or any(uses_pictures(name) for name in asked)
-        pictures = study_pictures(dataset_config) if needed else StudyPictures()
-    elif settings.clip_model is not None or settings.dino_model is not None:
-        try:
+    named = parse_metrics(settings.metrics, inputs, preset.needed_metrics)
+    pictures = StudyPictures()
+    if preset.targets == "dataset" or any(uses_pictures(name) for name in named):
+        pictures = study_pictures(dataset_config)
+    elif settings.metrics is None and (settings.clip_model or settings.dino_model):
+        # The memorisation alarm comes by itself; not where a trainer of one's own reads another kind of data set.
+        with suppress(SettingsError):
             pictures = study_pictures(dataset_config)
-        except SettingsError:  # a trainer of one's own may read any kind of data set; then nothing looks at it
-            pictures = StudyPictures()
-    else:
-        pictures = StudyPictures()
     inputs = replace(inputs, pictures=pictures)
     metrics = parse_metrics(settings.metrics, inputs, preset.needed_metrics)
     if needs_held_out(metrics):

@@ -92,9 +92,9 @@ def test_naming_likeness_holds_pictures_out_of_the_training_for_good(tmp_path, c
     assert job.pictures == run.pictures
     with pytest.raises(StudyMismatchError, match="leave the flag out"):
         find_job(evaluator(reference_pictures=tmp_path), StudyLayout(tmp_path))
-    with pytest.raises(StudyMismatchError, match="but the study's run.json has"):
+    with pytest.raises(StudyMismatchError, match=r"the study's run\.json has"):
         find_job(evaluator(metrics="pixels"), StudyLayout(tmp_path))
-    with pytest.raises(StudyMismatchError, match="but the study's run.json has"):
+    with pytest.raises(StudyMismatchError, match=r"the study's run\.json has"):
         find_job(evaluator(scoring="lpips_clip"), StudyLayout(tmp_path))
 
 

@@ -19,9 +19,9 @@ from evaluator_daemon.admission import EVALUATOR_CODES
 from evaluator_daemon.metrics import METRICS
 from shared.files import read_model, write_model
 from shared.layout import StudyLayout
+from shared.metric_names import NEEDS
 from shared.safetensors_file import CODES
 from shared.schemas import Run
-from shared.metric_names import NEEDS
 from tests.scenarios.bad_cases import CASES
 from tests.scenarios.bad_input import ROOT, Case, World
 
