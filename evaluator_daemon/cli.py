@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from evaluator_daemon.verbs import evaluate, inspect, retry, run, watch
+from evaluator_daemon.verbs import evaluate, inspect, metrics, retry, run, watch
 from shared.verbs import Verb, run_verb, settings_verb
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         Verb("retry", "lift the quarantine of a trial's checkpoints", retry.declare),
         Verb("watch", "show a study live, or as text or JSON", watch.declare),
         Verb("inspect", "prove that LoRA files are whole and fit to be scored", inspect.declare),
+        Verb("metrics", "show what can be measured here and what is missing for the rest", metrics.declare),
         settings_verb(_settings_model),
     )
     run_verb("evaluator-daemon", "Render and score every checkpoint of a study as it lands.", verbs, argv)

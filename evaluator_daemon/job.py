@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from evaluator_daemon.settings import EvaluatorSettings
 from shared.devices import require_device, resolve_device
 from shared.errors import SettingsError, StudyMismatchError
 from shared.files import read_kept
 from shared.gpu_lease import GpuPolicy
+from shared.held_out import pictures_in, require_unchanged
 from shared.layout import StudyLayout
-from shared.model_folders import digest_model, require_base_model, require_clip_model
+from shared.metric_names import MetricInputs, parse_metrics
+from shared.model_folders import digest_model, require_base_model
 from shared.planning import make_plan, overrides_of
 from shared.prompts import read_prompt_file
 from shared.schemas import EvaluationPlan, PromptOptions, Run
+from shared.schemas.pictures import Picture, StudyPictures
+from shared.scoring_presets import COMBINED, load_preset, lpips_digest, metrics_of, plan_scoring
 from shared.settings import LoadedSettings, make_writable_folder
 
 
@@ -34,6 +40,9 @@ class Job:
         idle_timeout_s: after how much quiet a trial without state files is over.
         gpu_policy: as the flag says; None to leave it to the study, see `gpu_policy.policy_of`.
         from_run: the plan is that of run.json, not one made from flags.
+        dino_model: local DINOv2 folder, None to do without.
+        lpips_weights: file of LPIPS' backbone, or the word "random"; None to do without.
+        pictures: the data set's, as they were when the study began.
     """
 
     root: Path
@@ -46,6 +55,9 @@ class Job:
     idle_timeout_s: float
     gpu_policy: GpuPolicy | None = None
     from_run: bool = False
+    dino_model: Path | None = None
+    lpips_weights: Path | None = None
+    pictures: StudyPictures = field(default_factory=StudyPictures)
 
 
 def study_folder(settings: EvaluatorSettings, *, make: bool) -> StudyLayout:
@@ -86,18 +98,19 @@ def find_job(loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout) -> J
     if settings.base_model is None or settings.prompts is None:
         return None
     require_base_model(settings.base_model)
-    if settings.clip_model is not None:
-        require_clip_model(settings.clip_model)
+    inputs = inputs_of_flags(settings)
+    preset = load_preset(settings.scoring or COMBINED)
+    metrics = parse_metrics(settings.metrics, inputs, preset.needed_metrics)
     plan = make_plan(
         base_model=settings.base_model,
         prompts=read_prompt_file(settings.prompts),
         device=settings.device,
         num_samples=settings.num_samples,
         lora_scale=settings.lora_scale,
-        clip_model=settings.clip_model,
+        scoring=plan_scoring(preset, metrics, inputs, _measure_targets),
     )
     threads = max(1, (os.cpu_count() or 1) // 2)
-    return _job(settings, study, plan, settings.base_model, settings.clip_model, threads)
+    return _job(settings, study, plan, settings.base_model, inputs, threads)
 
 
 def adopt_run(loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout, job: Job, run: Run | None) -> Job:
@@ -158,16 +171,86 @@ def _job_of_study(loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout,
             f"{base_model}: its content is not that of the base model the study was started with; put that one back "
             "or start a new study"
         )
-    recorded = run.settings.get("clip-model", run.settings.get("clip_model"))
-    clip_model = settings.clip_model or (Path(recorded) if isinstance(recorded, str) else None)
-    planned = plan.scoring.values.get("clip_digest")
-    if planned is None:
-        clip_model = None  # the study was started without: its scores stay comparable
-    elif clip_model is None or digest_model(clip_model, setting="--clip-model") != planned:
+    _require_same_scoring(loaded, plan)
+    there = inputs_of_run(settings, run)
+    inputs = MetricInputs(
+        clip_model=_of_plan(plan, "clip_digest", "CLIP", "--clip-model", there.clip_model),
+        dino_model=_of_plan(plan, "dino_digest", "DINOv2", "--dino-model", there.dino_model),
+        lpips_weights=_of_plan(plan, "lpips_digest", "LPIPS backbone", "--lpips-weights", there.lpips_weights),
+        pictures=there.pictures,
+    )
+    require_unchanged(inputs.pictures.held_out, "held-out")
+    return replace(_job(settings, study, plan, base_model, inputs, run.threads_per_process), from_run=True)
+
+
+def inputs_of_flags(settings: EvaluatorSettings) -> MetricInputs:
+    """Return the networks and pictures that the flags name.
+
+    Raises:
+        SettingsError: the folder of --reference-pictures holds no picture, or one cannot be read.
+    """
+    folder = settings.reference_pictures
+    held_out = () if folder is None else pictures_in(folder, "--reference-pictures")
+    return MetricInputs(
+        settings.clip_model, settings.dino_model, settings.lpips_weights, StudyPictures(held_out=held_out)
+    )
+
+
+def inputs_of_run(settings: EvaluatorSettings, run: Run) -> MetricInputs:
+    """Return the networks and pictures of a study as run.json names them; flags say where a network lies now."""
+    return MetricInputs(
+        clip_model=settings.clip_model or _recorded(run, "clip-model"),
+        dino_model=settings.dino_model or _recorded(run, "dino-model"),
+        lpips_weights=settings.lpips_weights or _recorded(run, "lpips-weights"),
+        pictures=run.pictures or StudyPictures(),
+    )
+
+
+def _recorded(run: Run, setting: str) -> Path | None:
+    path = run.settings.get(setting, run.settings.get(setting.replace("-", "_")))
+    return Path(path) if isinstance(path, str) else None
+
+
+def _require_same_scoring(loaded: LoadedSettings[EvaluatorSettings], plan: EvaluationPlan) -> None:
+    """A study's metrics, scoring and held-out pictures are those of its plan."""
+    settings = loaded.settings
+    if settings.reference_pictures is not None:
         raise StudyMismatchError(
-            f"{clip_model or 'no CLIP model'}: the study was started with another CLIP; name that one by --clip-model"
+            f"{loaded.origins['reference_pictures']}: likeness in a study is measured to the held-out pictures of its "
+            "run.json; leave the flag out"
         )
-    return replace(_job(settings, study, plan, base_model, clip_model, run.threads_per_process), from_run=True)
+    if settings.scoring is not None and load_preset(settings.scoring).name != plan.scoring.name:
+        raise _differs(loaded.origins["scoring"], settings.scoring, plan.scoring.name)
+    if settings.metrics is not None and (named := parse_metrics(settings.metrics)) != metrics_of(plan):
+        raise _differs(loaded.origins["metrics"], ",".join(named), ",".join(metrics_of(plan)))
+
+
+def _of_plan(plan: EvaluationPlan, identity: str, network: str, flag: str, path: Path | None) -> Path | None:
+    """Return where a network of the study lies.
+
+    Returns:
+        None for one the study was started without, whatever the flag says: its scores stay comparable.
+    Raises:
+        StudyMismatchError: it is not the one the study was started with.
+    """
+    planned = plan.scoring.values.get(identity)
+    if planned is None:
+        return None
+    if path is not None:
+        found = lpips_digest(path) if flag == "--lpips-weights" else digest_model(path, setting=flag)
+        if found == planned:
+            return path
+    no_network = f"no {network}" if flag == "--lpips-weights" else f"no {network} model"
+    raise StudyMismatchError(
+        f"{path or no_network}: the study was started with another {network}; name that one by {flag}"
+    )
+
+
+def _measure_targets(pictures: Sequence[Picture]) -> Mapping[str, float]:
+    # By name: only this needs the imaging library, and only for targets = "dataset".
+    module: Any = importlib.import_module("evaluator_daemon.metrics.targets")
+    found: Mapping[str, float] = module.measure_targets(pictures)
+    return found
 
 
 def _job(
@@ -175,19 +258,22 @@ def _job(
     study: StudyLayout,
     plan: EvaluationPlan,
     base_model: Path,
-    clip_model: Path | None,
+    inputs: MetricInputs,
     threads: int,
 ) -> Job:
     return Job(
         root=study.root,
         plan=plan,
         base_model=base_model.resolve(),
-        clip_model=clip_model and clip_model.resolve(),
+        clip_model=inputs.clip_model and inputs.clip_model.resolve(),
         device=resolve_device(settings.device),
         threads=threads,
         check_interval_s=settings.evaluator_check_interval,
         idle_timeout_s=settings.idle_timeout,
         gpu_policy=settings.gpu_policy,
+        dino_model=inputs.dino_model and inputs.dino_model.resolve(),
+        lpips_weights=inputs.lpips_weights and inputs.lpips_weights.absolute(),
+        pictures=inputs.pictures,
     )
 
 

@@ -6,11 +6,13 @@ Scores are minimised unless named otherwise; every quantity is on the 0-1 scale.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, pstdev, stdev
 
 from scipy.special import stdtrit
+
+from shared.scoring_presets import COMBINED_SCORE, Term
 
 TARGET_BRIGHTNESS = 0.50
 TARGET_CONTRAST = 0.20
@@ -62,6 +64,92 @@ def pixar_style_score(brightness: Sequence[float], contrast: Sequence[float], sa
         + 0.2 * share_in_range(saturation, SATURATION_RANGE)
         + 0.1 * consistency
     )
+
+
+PAIRWISE = frozenset({"lpips_diversity"})
+"""Quantities whose value of one picture is its mean distance to all the others: means over pairs."""
+
+
+def mean_over(values: Sequence[float], subset: Sequence[int] | None = None, *, pairwise: bool = False) -> float:
+    """Return the mean of a quantity over some of the pictures.
+
+    Args:
+        values: of every picture.
+        subset: indices of the pictures; None for all.
+        pairwise: `values[i]` is the mean distance of picture i to all the others. Without picture i both i's own
+            value and its share in the others' values are gone, so that the mean over pairs moves about twice as far as
+            the mean of the values: exact for all pictures and for all but one, first order for smaller subsets.
+    """
+    mean = fmean(values)
+    if subset is None:
+        return mean
+    of_subset = fmean(values[index] for index in subset)
+    count = len(values)
+    return mean + (of_subset - mean) * 2 * (count - 1) / (count - 2) if pairwise and count > 2 else of_subset
+
+
+@dataclass(frozen=True)
+class Total:
+    """A score that is a sum of terms.
+
+    Args:
+        value: None where a required quantity is missing.
+        left_out: quantities it had to do without, or lacks.
+        parts: each computed term's share in the value.
+    """
+
+    value: float | None
+    left_out: tuple[str, ...]
+    parts: Mapping[str, float]
+
+
+def preset_total(
+    terms: Mapping[str, Term],
+    values: Mapping[str, Sequence[float]],
+    combined: float,
+    subset: Sequence[int] | None = None,
+) -> Total:
+    """Sum the terms of a scoring preset.
+
+    The weight of an optional quantity that is missing goes to the others in proportion, so that the score keeps its
+    scale.
+
+    Args:
+        values: each measured quantity's value of every picture.
+        combined: the seed's formula over the same pictures.
+        subset: indices of the pictures that count; None for all.
+    """
+    missing = {term.metric for term in terms.values() if term.metric != COMBINED_SCORE and term.metric not in values}
+    lacking = {term.metric for term in terms.values() if term.required} & missing
+    there = {name: term for name, term in terms.items() if term.metric not in missing}
+    left_out = tuple(sorted(missing))
+    if lacking or not there:
+        return Total(None, left_out, {})
+    whole = sum(abs(term.weight) for term in terms.values())
+    scale = whole / sum(abs(term.weight) for term in there.values())
+    parts = {
+        name: scale * term.weight * _figure(term, values.get(term.metric, ()), combined, subset)
+        for name, term in there.items()
+    }
+    return Total(sum(parts.values()), left_out, parts)
+
+
+def _figure(term: Term, values: Sequence[float], combined: float, subset: Sequence[int] | None) -> float:
+    if term.kind == "std":
+        return pstdev(values if subset is None else [values[index] for index in subset])
+    mean = combined
+    if term.metric != COMBINED_SCORE:
+        mean = mean_over(values, subset, pairwise=term.metric in PAIRWISE)
+    if term.kind == "value":
+        return mean
+    assert isinstance(term.target, float), "a plan holds every target as a number"
+    match term.kind:
+        case "distance_to_target":
+            return abs(mean - term.target)
+        case "shortfall":
+            return max(0.0, term.target - mean)
+        case "excess":
+            return max(0.0, mean - term.target)
 
 
 @dataclass(frozen=True)

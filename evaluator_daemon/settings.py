@@ -21,6 +21,17 @@ class EvaluatorSettings(DaemonSettings):
     clip_model: Path | None = Field(
         None, description="local CLIP folder for the CLIP consistency (default: the study's)"
     )
+    dino_model: Path | None = Field(
+        None, description="local DINOv2 folder for likeness and memorisation (default: the study's)"
+    )
+    lpips_weights: Path | None = Field(
+        None, description="file of LPIPS' backbone, e.g. torchvision's AlexNet (default: the study's)"
+    )
+    metrics: str | None = Field(None, description="what is measured, names with commas between (default: the study's)")
+    scoring: str | None = Field(None, description="a scoring preset or a TOML file (default: the study's, or combined)")
+    reference_pictures: Path | None = Field(
+        None, description="folder of pictures that likeness is measured to, in a folder without run.json"
+    )
     prompts: Path | None = Field(
         None, description="prompt file: lines, TOML or JSON, see docs/prompts.md (default: the study's)"
     )

@@ -23,6 +23,12 @@ class OptimizerSettings(DaemonSettings):
     clip_model: Path | None = Field(
         None, description="CLIP model folder for the prompt check of every checkpoint (default: not checked)"
     )
+    dino_model: Path | None = Field(
+        None, description="local DINOv2 folder for likeness and memorisation (default: not measured)"
+    )
+    lpips_weights: Path | None = Field(
+        None, description="file of LPIPS' backbone, e.g. torchvision's AlexNet (default: not measured)"
+    )
     output_dir: Path | None = Field(None, description="study folder; everything is written below it")
     study_name: str = Field("lora_study", min_length=1, description="name of the study; the same name continues it")
     storage: str | None = Field(None, description="Optuna storage URL (default: SQLite in the study folder)")
@@ -41,8 +47,12 @@ class OptimizerSettings(DaemonSettings):
     )
     sampler: str = Field("tpe", min_length=1, description="how parameters are drawn: tpe, or random throughout")
     metrics: str | None = Field(
-        None, description="what is measured, names with commas between; pixels is needed (default: every metric)"
+        None,
+        description="what is measured, names with commas between, see evaluator-daemon metrics (default: pixels, "
+        "clip_consistency, what --scoring needs, lpips_diversity with --lpips-weights, memorisation with a CLIP or "
+        "DINOv2)",
     )
+    scoring: str = Field("combined", min_length=1, description="what is optimised: a scoring preset or a TOML file")
     seed: int = Field(42, ge=0, lt=2**63, description="seed of the search and of every trial's draw")
     save_every_n_epochs: int = Field(2, ge=1, description="epochs between two checkpoints")
     num_samples: int = Field(8, ge=1, description="pictures per checkpoint")

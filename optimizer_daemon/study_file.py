@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import secrets
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -17,13 +19,16 @@ from typing import Any
 from optimizer_daemon.settings import OptimizerSettings
 from shared.errors import LabError, SettingsError, StudyMismatchError
 from shared.files import read_kept, write_model
+from shared.held_out import study_pictures, with_held_out
 from shared.layout import StudyLayout
-from shared.model_folders import digest_model, require_clip_model
+from shared.metric_names import MetricInputs, needs_held_out, parse_metrics, uses_pictures
+from shared.model_folders import digest_model
 from shared.planning import make_plan
 from shared.prompts import draw_prompts, read_prompt_file
-from shared.schemas import Run, Scalar, Trainer
+from shared.schemas import Run, Scalar, ScoringPreset, Trainer
 from shared.schemas.optimizer import RunStatus
-from shared.scoring_presets import parse_metrics
+from shared.schemas.pictures import Picture, StudyPictures
+from shared.scoring_presets import load_preset, plan_scoring
 
 Shown = dict[str, Scalar | tuple[Scalar, ...] | None]
 """Settings by flag name, without the dashes."""
@@ -156,9 +161,7 @@ def threads_per_process() -> int:
 
 def _made(settings: OptimizerSettings, study: StudyLayout, shown: Shown, now: datetime) -> Run:
     base_model, dataset_config = require_inputs(settings)
-    metrics = parse_metrics(settings.metrics, settings.clip_model)
-    if settings.clip_model is not None:
-        require_clip_model(settings.clip_model)
+    scoring, pictures = _measuring(settings, dataset_config)
     prompts = (
         read_prompt_file(settings.prompts)
         if settings.prompts is not None
@@ -172,8 +175,7 @@ def _made(settings: OptimizerSettings, study: StudyLayout, shown: Shown, now: da
         lora_scale=settings.lora_scale,
         steps=settings.render_steps,
         cfg_scale=settings.cfg_scale,
-        clip_model=settings.clip_model,
-        metrics=metrics,
+        scoring=scoring,
     )
     return Run(
         folder_id=secrets.token_hex(8),
@@ -187,12 +189,44 @@ def _made(settings: OptimizerSettings, study: StudyLayout, shown: Shown, now: da
         base_model=str(base_model.absolute()),
         plan=plan,
         plan_hash=plan.digest(),
+        pictures=pictures,
         trainer=Trainer(name=settings.trainer, version=_version("lora-tuner"), python=sys.executable),
         settings=shown,
         threads_per_process=threads_per_process(),
         versions={"python": platform.python_version()}
         | {name: version for name in _LIBRARIES if (version := _version(name)) is not None},
     )
+
+
+def _measuring(settings: OptimizerSettings, dataset_config: Path) -> tuple[ScoringPreset, StudyPictures | None]:
+    """Return what is measured and scored, and the pictures where something looks at them.
+
+    Raises:
+        SettingsError: the preset, a metric or a network will not do, or there are too few pictures.
+    """
+    preset = load_preset(settings.scoring)
+    inputs = MetricInputs(settings.clip_model, settings.dino_model, settings.lpips_weights)
+    named = parse_metrics(settings.metrics, inputs, preset.needed_metrics)
+    pictures = StudyPictures()
+    if preset.targets == "dataset" or any(uses_pictures(name) for name in named):
+        pictures = study_pictures(dataset_config)
+    elif settings.metrics is None and (settings.clip_model or settings.dino_model):
+        # The memorisation alarm comes by itself; not where a trainer of one's own reads another kind of data set.
+        with suppress(SettingsError):
+            pictures = study_pictures(dataset_config)
+    inputs = replace(inputs, pictures=pictures)
+    metrics = parse_metrics(settings.metrics, inputs, preset.needed_metrics)
+    if needs_held_out(metrics):
+        inputs = replace(inputs, pictures=with_held_out(pictures, settings.seed))
+    scoring = plan_scoring(preset, metrics, inputs, _measure_targets)
+    return scoring, inputs.pictures if any(uses_pictures(name) for name in metrics) else None
+
+
+def _measure_targets(pictures: Sequence[Picture]) -> Mapping[str, float]:
+    # By name: only this needs the imaging library, and only for targets = "dataset".
+    module: Any = importlib.import_module("optimizer_daemon.dataset_targets")
+    found: Mapping[str, float] = module.measure_targets(pictures)
+    return found
 
 
 def _refuse_changes(run: Run, settings: OptimizerSettings, shown: Shown) -> None:

@@ -102,6 +102,22 @@ def require_clip_model(folder: Path, *, setting: str = "--clip-model") -> None:
     _require_weights(folder, setting)
 
 
+def require_dino_model(folder: Path, *, setting: str = "--dino-model") -> None:
+    """Refuse what is no whole DINOv2 in transformers' layout; only its small files and headers are read.
+
+    Raises:
+        SettingsError: no such folder, another kind of model, or a part that is missing or cut short.
+    """
+    if not (folder / "config.json").is_file():
+        raise SettingsError(setting, str(folder), "name the local folder of a DINOv2 model; it holds config.json")
+    kind = _read_json(folder / "config.json", setting).get("model_type")
+    if kind not in ("dinov2", "dinov2_with_registers"):
+        raise SettingsError(setting, str(folder), f"its config.json says model_type {kind!r}; name a DINOv2, 'dinov2'")
+    if not (folder / "preprocessor_config.json").is_file():
+        raise SettingsError(setting, str(folder), "it lacks preprocessor_config.json; copy the whole model")
+    _require_weights(folder, setting)
+
+
 def default_size(base_model: Path) -> tuple[int, int]:
     """Return the (width, height) in pixels the base model was made for.
 

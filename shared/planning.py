@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shared.devices import default_dtype
+from shared.metric_names import METRIC_SOURCES
 from shared.model_folders import default_size, digest_model, vae_factor
 from shared.prompts import MULTIPLE_PX, Prompt, require_multiple
 from shared.samplers import DEFAULT_SAMPLER
-from shared.schemas.plan import EvaluationPlan, PromptOptions
-from shared.scoring_presets import METRIC_SOURCES, combined_preset
+from shared.schemas.plan import EvaluationPlan, PromptOptions, ScoringPreset
+from shared.scoring_presets import combined_preset
 
 STEPS = 20
 SAMPLER = DEFAULT_SAMPLER
@@ -35,6 +36,7 @@ def make_plan(
     base_seed: int = BASE_SEED,
     clip_model: Path | None = None,
     metrics: Sequence[str] = METRIC_SOURCES,
+    scoring: ScoringPreset | None = None,
 ) -> EvaluationPlan:
     """Freeze everything that decides a checkpoint's pixels and scores; settings beyond these have their defaults.
 
@@ -46,6 +48,7 @@ def make_plan(
         lora_scale: strength the LoRA is applied with; 1 is as trained.
         clip_model: local CLIP folder, None to do without CLIP consistency.
         metrics: what is measured, from `parse_metrics`.
+        scoring: a whole scoring from `plan_scoring`; without one the default preset with `clip_model` and `metrics`.
     Raises:
         SettingsError: the base model or the CLIP is not usable, or it cannot render the size of a prompt.
     """
@@ -68,7 +71,7 @@ def make_plan(
         lora_scale=lora_scale,
         dtype=default_dtype(device),
         batch_size=num_samples,
-        scoring=combined_preset(clip_model, metrics),
+        scoring=scoring or combined_preset(clip_model, metrics),
     )
     return plan.model_copy(update={"overrides": overrides_of(asked, plan)})
 

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol, cast
 
 from evaluator_daemon.job import Job
-from evaluator_daemon.metrics.base import MetricSource
+from evaluator_daemon.metrics.base import Facts, MetricSource
+from shared.metric_names import Inputs
 from shared.registry import Registry
+
+
+class MetricPlugin(Protocol):
+    """The class of a metric: called with the job it is a `MetricSource`."""
+
+    facts: Facts
+
+    @staticmethod
+    def why_not(inputs: Inputs) -> str: ...
+
+    def __call__(self, job: Job) -> MetricSource: ...
+
 
 METRICS: Registry[Callable[[Job], MetricSource]] = Registry(
     "metric",
@@ -14,5 +28,19 @@ METRICS: Registry[Callable[[Job], MetricSource]] = Registry(
     {
         "pixels": "evaluator_daemon.metrics.pixels:PixelMetrics",
         "clip_consistency": "evaluator_daemon.metrics.clip_consistency:ClipConsistency",
+        "clip_image": "evaluator_daemon.metrics.clip_image:ClipImage",
+        "dino_likeness": "evaluator_daemon.metrics.dino_likeness:DinoLikeness",
+        "lpips_diversity": "evaluator_daemon.metrics.lpips_diversity:LpipsDiversity",
+        "memorisation": "evaluator_daemon.metrics.memorisation:Memorisation",
+        "style_distance": "evaluator_daemon.metrics.style_distance:StyleDistance",
     },
 )
+
+
+def plugin(name: str) -> MetricPlugin:
+    """Return the class of a metric, for what it says about itself; no network library is imported.
+
+    Raises:
+        UnknownPluginError: there is no such metric.
+    """
+    return cast("MetricPlugin", METRICS.load(name))

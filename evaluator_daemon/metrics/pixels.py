@@ -12,11 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluator_daemon.job import Job
-from evaluator_daemon.metrics.base import RenderedSet, measured
+from evaluator_daemon.metrics.base import Facts, Quantity, RenderedSet, measured
+from evaluator_daemon.scoring import BRIGHTNESS_RANGE, CONTRAST_RANGE, SATURATION_RANGE
+from shared.metric_names import Inputs
 from shared.schemas import Metric
 
 BLACK_BRIGHTNESS = 0.02
 FLAT_CONTRAST = 0.02
+_RANGES = {"brightness": BRIGHTNESS_RANGE, "contrast": CONTRAST_RANGE, "saturation": SATURATION_RANGE}
 
 
 @dataclass(frozen=True)
@@ -57,24 +60,53 @@ def sentinel(statistics: PixelStatistics) -> str | None:
     return None
 
 
+def _share(bounds: tuple[float, float]) -> str:
+    return f"share of pictures within {bounds[0]:g}-{bounds[1]:g}"
+
+
 class PixelMetrics:
-    """Always available: brightness, contrast, saturation, sharpness, and the difference from the base model."""
+    """Always available; whatever it measures needs no weights."""
+
+    facts = Facts(
+        version="1",
+        quantities={
+            "brightness": Quantity("target", 0.0, 1.0, "mean of RGB/255"),
+            "contrast": Quantity("target", 0.0, 0.5, "standard deviation of RGB/255"),
+            "saturation": Quantity("target", 0.0, 1.0, "mean S of HSV"),
+            "brightness_in_range": Quantity("maximise", 0.0, 1.0, _share(BRIGHTNESS_RANGE)),
+            "contrast_in_range": Quantity("maximise", 0.0, 1.0, _share(CONTRAST_RANGE)),
+            "saturation_in_range": Quantity("maximise", 0.0, 1.0, _share(SATURATION_RANGE)),
+            "sharpness": Quantity("maximise", 0.0, 16.0, "variance of the luma's Laplacian"),
+            "blank": Quantity("minimise", 0.0, 1.0, "share of black, flat or undecodable (NaN) pictures"),
+            "base_difference": Quantity("target", 0.0, 1.0, "mean |RGB difference|/255 to the base model's picture"),
+        },
+        source="the user's scripts",
+        code_licence="BSD-3-Clause (numpy)",
+    )
 
     def __init__(self, job: Job) -> None:
         del job  # needs nothing of it
 
+    @staticmethod
+    def why_not(inputs: Inputs) -> str:
+        del inputs
+        return ""
+
     def measure(self, rendered: RenderedSet) -> dict[str, Metric]:
         statistics = [pixel_statistics(picture) for picture in rendered.pictures]
-        metrics = {
-            "brightness": measured([s.brightness for s in statistics], "target"),
-            "contrast": measured([s.contrast for s in statistics], "target"),
-            "saturation": measured([s.saturation for s in statistics], "target"),
-            "sharpness": measured([s.sharpness for s in statistics], "maximise"),
+        values = {
+            "brightness": [s.brightness for s in statistics],
+            "contrast": [s.contrast for s in statistics],
+            "saturation": [s.saturation for s in statistics],
+            "sharpness": [s.sharpness for s in statistics],
+            "blank": [float(sentinel(s) is not None) for s in statistics],
         }
+        for name, bounds in _RANGES.items():
+            values[f"{name}_in_range"] = [float(bounds[0] <= value <= bounds[1]) for value in values[name]]
         if rendered.base is not None:
             pairs = zip(rendered.pictures, rendered.base, strict=True)
-            metrics["base_difference"] = measured([mean_difference(a, b) for a, b in pairs], "target")
-        return metrics
+            values["base_difference"] = [mean_difference(a, b) for a, b in pairs]
+        return {name: measured(found, self.facts.quantities[name].direction) for name, found in values.items()}
 
 
 def mean_difference(picture: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:

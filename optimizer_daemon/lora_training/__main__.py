@@ -28,7 +28,12 @@ def main(arguments: Sequence[str]) -> int:
     if options.resume:
         config = config.model_copy(update={"resume": True})
     base = inspect_base_model(config.pretrained_model_name_or_path)
-    data = load_data(config.dataset_config, batch_size=config.train_batch_size, multiple_of=base.vae_factor)
+    data = load_data(
+        config.dataset_config,
+        batch_size=config.train_batch_size,
+        multiple_of=base.vae_factor,
+        held_out=config.held_out,
+    )
     try:
         config.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -33,6 +33,7 @@ _PATHS = (
 _FREE_ON_RESUME = frozenset(
     {
         "dataset_config",  # its content is compared instead
+        "held_out",  # so are the pictures that it leaves
         "output_dir",
         "output_name",
         "logging_dir",
@@ -57,6 +58,9 @@ class TrainConfig(BaseModel):
     # The model, the data, the places
     pretrained_model_name_or_path: FilePath = Field(description="base model, a diffusers folder")
     dataset_config: FilePath = Field(description="kohya dataset TOML")
+    held_out: list[str] = Field(
+        default_factory=list, description="SHA-256 of the picture files that are left out of the training"
+    )
     output_dir: FilePath = Field(description="where the checkpoints go")
     output_name: str = Field(pattern=r"^[^/\x00]+$", description="file name of the final checkpoint without suffix")
     logging_dir: FilePath | None = Field(None, description="TensorBoard folder; none by default")

@@ -7,7 +7,7 @@ import json
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,7 @@ from optimizer_daemon.lora_training.buckets import Fit, Size
 from optimizer_daemon.lora_training.captions import drawn_caption, read_caption
 from optimizer_daemon.lora_training.dataset_config import DatasetPlan, Subset, load_dataset_config
 from shared.errors import UserError
-
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+from shared.held_out import IMAGE_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -133,18 +132,24 @@ class TrainingData:
         return {folder: dict(counts) for folder, counts in frequency.items()}
 
 
-def load_data(path: Path, *, batch_size: int, multiple_of: int) -> TrainingData:
+def load_data(
+    path: Path, *, batch_size: int, multiple_of: int, held_out: Collection[str] = frozenset()
+) -> TrainingData:
     """Read a dataset TOML, the sizes of its images and their captions; no pixel is decoded.
 
     Args:
         path: the dataset TOML.
         batch_size: of data sets that set none.
         multiple_of: sizes must be multiples of this many pixels.
+        held_out: SHA-256 of files that are left out; whether each is there is not asked.
     Raises:
-        UserError: the TOML, a folder, an image or a caption is unusable.
+        UserError: the TOML, a folder, an image or a caption is unusable, or nothing is left to train on.
     """
     plans = load_dataset_config(path, batch_size=batch_size, multiple_of=multiple_of)
-    return TrainingData(path, tuple(_image_set(path, plan) for plan in plans))
+    sets = [_without(_image_set(path, plan), frozenset(held_out)) for plan in plans]
+    if not any(images.images for images in sets):
+        raise UserError(f"{path}: held_out leaves no picture to train on; take some of it out")
+    return TrainingData(path, tuple(images for images in sets if images.images))
 
 
 def check_data(path: Path, *, multiple_of: int) -> None:
@@ -185,6 +190,10 @@ def _image_set(toml: Path, plan: DatasetPlan) -> ImageSet:
             _training_image(file, plan, subset) for file in _files(place, toml.absolute().parent / subset.image_dir)
         ]
     return ImageSet(plan, tuple(images))
+
+
+def _without(images: ImageSet, held_out: frozenset[str]) -> ImageSet:
+    return ImageSet(images.plan, tuple(image for image in images.images if image.sha256 not in held_out))
 
 
 def _files(place: str, folder: Path) -> list[Path]:

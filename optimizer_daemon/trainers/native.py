@@ -96,6 +96,7 @@ def _of_study(run: Run, trial: TrialLayout) -> dict[str, Any]:
         "dataset_config": _needed(
             run.settings.get("dataset-config"), "--dataset-config", "name the data set's TOML file"
         ),
+        "held_out": sorted({picture.sha256 for picture in run.pictures.held_out}) if run.pictures is not None else [],
         "output_dir": str(trial.folder),
         "output_name": trial.output_name,
         "logging_dir": str(trial.tensorboard),

@@ -29,6 +29,9 @@ class Metric(Record):
     per_image: tuple[float | None, ...] | None = Field(
         default=None, description="Value of each sample in order; null for a set's figure."
     )
+    nearest: tuple[str, ...] | None = Field(
+        default=None, description="For each sample the file it was found nearest to; null where none is looked for."
+    )
 
     @model_validator(mode="after")
     def _null_unless_ok(self) -> Self:

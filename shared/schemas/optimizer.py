@@ -18,6 +18,7 @@ from shared.schemas.base import (
     TrialNumber,
     VersionedFile,
 )
+from shared.schemas.pictures import StudyPictures
 from shared.schemas.plan import EvaluationPlan
 
 RunStatus = Literal["running", "stopped", "finished"]
@@ -52,6 +53,9 @@ class Run(VersionedFile):
         description="The evaluation plan, frozen at the first start; null when the trainer scores."
     )
     plan_hash: Sha256 | None = Field(description="Identity of the plan, recorded with every evaluation.")
+    pictures: StudyPictures | None = Field(
+        default=None, description="The data set's pictures at the first start; null where no metric looks at them."
+    )
     trainer: Trainer = Field(description="The trainer.")
     settings: dict[str, Scalar | tuple[Scalar, ...] | None] = Field(
         description="Effective settings of the optimizer daemon by flag name, without the dashes."

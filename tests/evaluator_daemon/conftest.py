@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.evaluator_daemon.tiny_models import save_base_model, save_clip, save_sdxl_model
+from tests.evaluator_daemon.tiny_models import save_base_model, save_clip, save_dino, save_sdxl_model
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +22,8 @@ def sdxl_model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def clip_model(tmp_path_factory) -> Path:
     return save_clip(tmp_path_factory.mktemp("models") / "clip")
+
+
+@pytest.fixture(scope="session")
+def dino_model(tmp_path_factory) -> Path:
+    return save_dino(tmp_path_factory.mktemp("models") / "dino")

@@ -157,6 +157,20 @@ def save_clip(folder: Path) -> Path:
     return folder
 
 
+def save_dino(folder: Path) -> Path:
+    """A DINOv2 with its image processor."""
+    import torch
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    torch.manual_seed(2)
+    config = Dinov2Config(
+        hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2, image_size=16, patch_size=8
+    )
+    Dinov2Model(config).save_pretrained(folder)
+    BitImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
 UNET_MODULES = {
     f"lora_unet_{block}_attentions_0_transformer_blocks_0_{layer}": shape
     for block in ("down_blocks_1", "up_blocks_0")

@@ -307,7 +307,7 @@ PLUGINS = [
     Case("sampler: unknown", ("no sampler named 'tpee'; choose one of random, tpe",), flags("--sampler", "tpee")),
     Case(
         "metric: unknown",
-        ("no metric named 'fid'; choose one of clip_consistency, pixels",),
+        ("no metric named 'fid'; choose one of clip_consistency, clip_image, dino_likeness",),
         flags("--metrics", "pixels,fid"),
     ),
     Case(
@@ -316,6 +316,41 @@ PLUGINS = [
         flags("--metrics", "clip_consistency"),
     ),
     Case("metric: a CLIP for nothing", ("--metrics: 'pixels'", "clip_consistency"), flags("--metrics", "pixels")),
+    Case(
+        "metric: likeness without a DINOv2 there",
+        ("--dino-model", "it holds config.json"),
+        flags("--metrics", "pixels,dino_likeness", "--dino-model", "nowhere"),
+    ),
+    Case(
+        "metric: a CLIP for a DINOv2",
+        ("--dino-model", "model_type 'clip'"),
+        flags("--metrics", "pixels,dino_likeness", "--dino-model", CLIP_MODEL),
+    ),
+    Case(
+        "metric: LPIPS without its file",
+        ("--lpips-weights", "name a readable file"),
+        flags("--lpips-weights", "nowhere.pth"),
+    ),
+    Case(
+        "scoring: unknown",
+        ("--scoring: 'best'", "combined, lpips_clip, recommended"),
+        flags("--scoring", "best"),
+    ),
+    Case(
+        "scoring: what it needs is missing",
+        ("--scoring: 'recommended'", "add --clip-model FOLDER"),
+        flags("--scoring", "recommended"),
+    ),
+    Case(
+        "scoring: an unknown kind of term",
+        ("own.toml", "kind"),
+        written(
+            "own.toml",
+            'name = "own"\nobjective = "own_score"\n[terms.a]\nmetric = "contrast"\nkind = "mean"\nweight = 1\n',
+            "--scoring",
+            "own.toml",
+        ),
+    ),
     Case("trainer: unknown", ("no trainer named 'kohia'; choose one of native",), flags("--trainer", "kohia")),
     Case(
         "trainer: no such module",
@@ -729,6 +764,16 @@ EVALUATOR_OF_STUDY = [
             ),
             lambda w: w.evaluator("--prompts", w.folder / "p.txt"),
         ),
+    ),
+    Case(
+        "evaluator: another scoring",
+        ("--scoring is 'lpips_clip', but the study's run.json has 'combined'", "leave the flag out"),
+        lambda world: world.evaluator("--scoring", "lpips_clip"),
+    ),
+    Case(
+        "evaluator: pictures of its own for a study",
+        ("--reference-pictures", "leave the flag out"),
+        lambda world: world.evaluator("--reference-pictures", world.pictures),
     ),
     Case(
         "evaluator: another base model",

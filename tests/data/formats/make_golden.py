@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from shared import files
 from shared import schemas as s
+from shared.schemas.pictures import Picture, StudyPictures
 
 V1 = Path(__file__).parent / "v1"
 TAIPEI = timezone(timedelta(hours=8))
@@ -98,6 +99,10 @@ def _of_the_optimizer() -> dict[str, BaseModel]:
             base_model="/data/models/tiny_base",
             plan=PLAN,
             plan_hash=PLAN.digest(),
+            pictures=StudyPictures(
+                held_out=(Picture(path="/data/luca/images/07.png", sha256=digest("07.png")),),
+                training=(Picture(path="/data/luca/images/08.png", sha256=digest("08.png")),),
+            ),
             trainer=s.Trainer(name="native", version="0.1.0", python="/opt/lora-tuner/bin/python"),
             settings={
                 "dataset-config": "/data/luca/dataset.toml",

@@ -49,3 +49,18 @@ def test_without_weights_it_is_unavailable_and_says_why(job, rendered, tmp_path)
     broken = ClipConsistency(Job(**{**vars(job), "clip_model": tmp_path})).measure(rendered)["clip_consistency"]
     assert broken.status == "unavailable"
     assert str(tmp_path) in broken.reason
+
+
+def test_the_probability_of_the_own_prompt_is_clips_own_classifier(job, rendered):
+    import torch
+    from transformers import CLIPModel, CLIPProcessor
+
+    match = ClipConsistency(job).measure(rendered)["prompt_match"]
+    model = CLIPModel.from_pretrained(job.clip_model).eval()
+    processor = CLIPProcessor.from_pretrained(job.clip_model)
+    inputs = processor(text=PROMPTS, images=list(rendered.pictures), return_tensors="pt", padding=True)
+    with torch.no_grad():
+        expected = model(**inputs).logits_per_image.softmax(dim=1).diagonal().tolist()
+    assert match.per_image == pytest.approx(expected, abs=1e-3)
+    alone = RenderedSet(rendered.pictures, ["a red ball"] * 2, None)
+    assert ClipConsistency(job).measure(alone)["prompt_match"].status == "unavailable"

@@ -1,0 +1,1 @@
+"""The scoring presets, one TOML file each."""
