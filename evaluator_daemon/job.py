@@ -58,9 +58,13 @@ def study_folder(settings: EvaluatorSettings, *, make: bool) -> StudyLayout:
     return StudyLayout(settings.optimization_dir.resolve())
 
 
-def find_job(loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout) -> Job | None:
+def find_job(
+    loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout, *, override_plan: bool = False
+) -> Job | None:
     """Return the study's job, or the one the flags describe in a folder without run.json.
 
+    Args:
+        override_plan: flags that differ from the study's plan change it, for results outside the trials.
     Returns:
         None where there is no run.json and the flags do not suffice: the study has not been started yet.
     Raises:
@@ -72,7 +76,8 @@ def find_job(loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout) -> J
     require_device(settings.device)
     run = read_run(study)
     if run is not None and run.plan is not None:
-        return _job_of_study(loaded, study, run, run.plan)
+        plan = overridden(loaded, run.plan) if override_plan else run.plan
+        return _job_of_study(loaded, study, run, plan)
     if run is not None:
         raise StudyMismatchError(
             f"{study.run}: the trainer of this study scores its trials itself; nothing to evaluate"
@@ -91,6 +96,21 @@ def find_job(loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout) -> J
     )
     threads = max(1, (os.cpu_count() or 1) // 2)
     return _job(settings, study, plan, settings.base_model, settings.clip_model, threads)
+
+
+def overridden(loaded: LoadedSettings[EvaluatorSettings], plan: EvaluationPlan) -> EvaluationPlan:
+    """Return the plan as the flags would have it.
+
+    Raises:
+        SettingsError: the prompt file is not usable.
+    """
+    settings = loaded.settings
+    updates: dict[str, object] = {}
+    if loaded.origins["num_samples"] != "default":
+        updates["num_samples"] = settings.num_samples
+    if settings.prompts is not None:
+        updates["prompts"] = read_prompt_file(settings.prompts)
+    return EvaluationPlan.model_validate({**dict(plan), **updates})
 
 
 def read_run(study: StudyLayout) -> Run | None:

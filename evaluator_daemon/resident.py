@@ -102,6 +102,15 @@ class ResidentModel:
         )
         return Judgement(rendering.pictures, metrics)
 
+    def base(self) -> Reference:
+        """Return the base model's own pictures and figures on the plan's grid.
+
+        Raises:
+            ResourceError, StudyMismatchError, Stopped: as `judge`.
+        """
+        with self._gpu():
+            return self._ready()[1]
+
     def _ready(self) -> tuple[Renderer, Reference]:
         """Load what rendering and measuring need, once."""
         if self._renderer is None:
