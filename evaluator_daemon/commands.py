@@ -52,8 +52,8 @@ def refusal_of(command: Request) -> str:
     """Say why a command other than retry is not carried out."""
     kind = type(command).__name__.lower()
     return (
-        f"{kind}: files outside the trial folders cannot be evaluated by request; `evaluator-daemon evaluate FILE` does it "
-        "itself, beside a running manager too"
+        f"{kind}: files outside the trial folders cannot be evaluated by request; `evaluator-daemon evaluate FILE` "
+        "does it itself, beside a running manager too"
     )
 
 

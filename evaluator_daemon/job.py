@@ -168,4 +168,7 @@ def _job(
 
 
 def _differs(flag: str, here: object, there: object) -> StudyMismatchError:
-    return StudyMismatchError(f"{flag} is {here!r}, but the study's run.json has {there!r}; leave the flag out")
+    return StudyMismatchError(
+        f"{flag} is {here!r}, but the study's run.json has {there!r}; leave the flag out "
+        "(only `evaluate FILE --override-plan` may differ)"
+    )
