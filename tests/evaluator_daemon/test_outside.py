@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from evaluator_daemon.verbs import compare, evaluate
 from shared.errors import LabError, SettingsError, StudyMismatchError, UserError
 from shared.files import read_model, write_model
 from shared.layout import StudyLayout
-from shared.schemas import EvaluationState, EvaluationSummary, LabelledPlan, Metrics
+from shared.schemas import EvaluationPlan, EvaluationState, EvaluationSummary, LabelledPlan, Metrics, Run, Trainer
 from tests.evaluator_daemon.tiny_models import PROMPTS, lora_bytes
 
 
@@ -43,6 +44,15 @@ class Lab:
 
     def metrics(self, label: str, checkpoint: str) -> Metrics:
         return read_model(self.study.evaluations(label).checkpoint(checkpoint).metrics, Metrics)
+
+
+def run_of(plan: EvaluationPlan, base_model: Path) -> Run:
+    time = datetime(2025, 11, 15, tzinfo=UTC)
+    return Run(
+        folder_id="f", study_name="s", storage="sqlite://", workload="sd-lora", score_source="evaluator",
+        status="finished", created=time, updated=time, base_model=str(base_model), plan=plan, plan_hash=plan.digest(),
+        trainer=Trainer(name="native"), settings={}, threads_per_process=1, versions={},
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -208,6 +218,21 @@ def test_different_plans_are_refused_with_the_fields(trials):
     trials.run(evaluate, other, samples=2)
     with pytest.raises(StudyMismatchError, match="num_samples is 4 there and 2 here"):
         trials.run(compare, "1", "other")
+
+
+def test_another_plan_needs_leave_and_then_stays_under_its_label(lab, capsys):
+    lab.run(evaluate, lab.file("first.safetensors", 1), samples=2)
+    frozen = read_model(lab.study.evaluations("first").plan, LabelledPlan).plan
+    write_model(lab.study.run, run_of(frozen, lab.base_model))
+    file = lab.file("second.safetensors", 2)
+    with pytest.raises(StudyMismatchError, match=r"--num-samples is 4, but .* has 2; .*--override-plan"):
+        lab.run(evaluate, file)
+    assert not lab.study.evaluations("second").folder.exists()
+    assert lab.run(evaluate, file, "--override-plan") == 0
+    overridden = read_model(lab.study.evaluations("second").plan, LabelledPlan).plan
+    assert (overridden.num_samples, frozen.num_samples) == (4, 2)
+    assert overridden.model_copy(update={"num_samples": 2}) == frozen, "nothing else changes, the batch size neither"
+    assert lab.metrics("second", "second").plan_hash == overridden.digest() != frozen.digest()
 
 
 def test_finalists_are_rendered_anew_on_seeds_the_study_never_used_and_a_killed_comparison_goes_on(trials, capsys):
