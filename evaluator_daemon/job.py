@@ -105,9 +105,11 @@ def overridden(loaded: LoadedSettings[EvaluatorSettings], plan: EvaluationPlan) 
         SettingsError: the prompt file is not usable.
     """
     settings = loaded.settings
-    updates: dict[str, object] = {}
-    if loaded.origins["num_samples"] != "default":
-        updates["num_samples"] = settings.num_samples
+    updates: dict[str, object] = {
+        name: getattr(settings, name)
+        for name in type(plan).model_fields.keys() & loaded.origins.keys() - {"prompts"}
+        if loaded.origins[name] != "default"
+    }
     if settings.prompts is not None:
         updates["prompts"] = read_prompt_file(settings.prompts)
     return EvaluationPlan.model_validate({**dict(plan), **updates})
