@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from evaluator_daemon.verbs import evaluate, inspect, metrics, retry, run, watch
+from evaluator_daemon.verbs import compare, evaluate, inspect, metrics, retry, run, watch
 from shared.verbs import Verb, run_verb, settings_verb
 
 if TYPE_CHECKING:
@@ -16,7 +16,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Entry point of the console command; exits with the codes of `shared.errors`."""
     verbs = (
         Verb("run", "watch a study folder and score every checkpoint", run.declare),
-        Verb("evaluate", "score the checkpoints of one trial", evaluate.declare),
+        Verb("evaluate", "score weight files, or the checkpoints of one trial", evaluate.declare),
+        Verb("compare", "say which of several checkpoints is better, and whether it can be told", compare.declare),
         Verb("retry", "lift the quarantine of a trial's checkpoints", retry.declare),
         Verb("watch", "show a study live, or as text or JSON", watch.declare),
         Verb("inspect", "prove that LoRA files are whole and fit to be scored", inspect.declare),

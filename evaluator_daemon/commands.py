@@ -10,7 +10,7 @@ from datetime import datetime
 
 from shared.errors import AlreadyRunningError, UserError
 from shared.files import read_model, write_model
-from shared.layout import StudyLayout, TrialLayout
+from shared.layout import EVALUATION_STATE, EvaluationsLayout, StudyLayout
 from shared.locks import FileLock
 from shared.requests import PendingRequest, RequestFolder
 from shared.schemas import CheckpointRecord, EvaluationState, Retry, Scalar
@@ -23,38 +23,38 @@ Result = dict[str, Scalar | None]
 
 
 def lift(study: StudyLayout, command: Retry, *, lock_timeout_s: float = 0.0) -> Result:
-    """Let a trial's quarantined and truncated checkpoints be evaluated again, and say how many there were.
+    """Let quarantined and truncated checkpoints of a trial or label be evaluated again, and say how many there were.
 
     Raises:
-        UserError: there is no such trial or checkpoint.
+        UserError: there is no such trial, label or checkpoint.
         AlreadyRunningError: an evaluator holds the trial's lock; try again when it has ended.
         UnreadableFileError: evaluation_state.json is damaged; the next evaluator rebuilds it.
         DiskError: it could not be written, and the old one stands.
     """
-    trial = next((known for known in study.list_trials() if known.name == command.trial_name), None)
-    if trial is None:
-        names = ", ".join(known.name for known in study.list_trials()) or "there is none yet"
-        raise UserError(f"{study.root} holds no trial {command.trial_name!r}; its trials: {names}")
-    if not _chosen(trial, command):
-        return _result(trial, [])
-    lock = FileLock(trial.evaluations.lock)
+    evaluations, files = _find(study, command.trial_name)
+    if not _chosen(evaluations, files, command):
+        return _result(command.trial_name, [])
+    lock = FileLock(evaluations.lock)
     if not lock.try_acquire(lock_timeout_s):
         raise AlreadyRunningError(lock.path, FileLock.holder(lock.path))
     try:
-        chosen = _chosen(trial, command)  # again: an evaluator may have written meanwhile
-        state = read_model(trial.evaluations.state, EvaluationState)
+        chosen = _chosen(evaluations, files, command)  # again: an evaluator may have written meanwhile
+        state = read_model(evaluations.state, EvaluationState)
         records = tuple(_lifted(record) if record.checkpoint in chosen else record for record in state.checkpoints)
         now = datetime.now().astimezone()
-        write_model(trial.evaluations.state, state.model_copy(update={"checkpoints": records, "updated": now}))
+        write_model(evaluations.state, state.model_copy(update={"checkpoints": records, "updated": now}))
     finally:
         lock.release()
-    return _result(trial, chosen)
+    return _result(command.trial_name, chosen)
 
 
 def refusal_of(command: Request) -> str:
     """Say why a command other than retry is not carried out."""
     kind = type(command).__name__.lower()
-    return f"{kind}: files outside the trial folders cannot be evaluated yet; `evaluate --trial DIR` scores a trial"
+    return (
+        f"{kind}: files outside the trial folders cannot be evaluated by request; `evaluator-daemon evaluate FILE` "
+        "does it itself, beside a running manager too"
+    )
 
 
 def carry_out_without_manager(folder: RequestFolder, request: PendingRequest) -> None:
@@ -88,21 +88,41 @@ def ask(study: StudyLayout, command: Request) -> str:
     return str(answer.result["message"])
 
 
-def _chosen(trial: TrialLayout, command: Retry) -> list[str]:
+def _find(study: StudyLayout, name: str) -> tuple[EvaluationsLayout, set[str]]:
+    """Return where a trial's or a label's evaluations lie, and the names of its weight files.
+
+    Raises:
+        UserError: there is neither.
+    """
+    trials = study.list_trials()
+    for trial in trials:
+        if trial.name == name:
+            return trial.evaluations, {path.stem for path in trial.list_checkpoints()}
+    labels = {path.parent.name for path in study.root.glob(f"evaluations/*/{EVALUATION_STATE}")}
+    if name in labels:
+        return study.evaluations(name), set()
+    known = ", ".join(trial.name for trial in trials) or "there is none yet"
+    raise UserError(
+        f"{study.root} holds no trial {name!r}; its trials: {known}"
+        + (f"; its labels: {', '.join(sorted(labels))}" if labels else "")
+    )
+
+
+def _chosen(evaluations: EvaluationsLayout, files: set[str], command: Retry) -> list[str]:
     """Return the names of the checkpoints whose verdict stands in the way.
 
     Raises:
         UserError: the checkpoint that was named is neither recorded nor there.
     """
     try:
-        records = read_model(trial.evaluations.state, EvaluationState).checkpoints
+        records = read_model(evaluations.state, EvaluationState).checkpoints
     except FileNotFoundError:
         records = ()
     wanted = command.checkpoint and command.checkpoint.removesuffix(".safetensors")
-    known = {record.checkpoint for record in records} | {path.stem for path in trial.list_checkpoints()}
+    known = {record.checkpoint for record in records} | files
     if wanted and wanted not in known:
         names = ", ".join(sorted(known)) or "there is none yet"
-        raise UserError(f"{trial.name} has no checkpoint {wanted!r}; its checkpoints: {names}")
+        raise UserError(f"{command.trial_name} has no checkpoint {wanted!r}; its checkpoints: {names}")
     return [record.checkpoint for record in records if _is_barred(record) and wanted in (None, record.checkpoint)]
 
 
@@ -117,6 +137,6 @@ def _lifted(record: CheckpointRecord) -> CheckpointRecord:
     )
 
 
-def _result(trial: TrialLayout, names: list[str]) -> Result:
+def _result(of: str, names: list[str]) -> Result:
     told = f"{', '.join(names)} evaluated again" if names else "nothing is quarantined"
-    return {"checkpoints": len(names), "message": f"{trial.name}: {told}"}
+    return {"checkpoints": len(names), "message": f"{of}: {told}"}

@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from evaluator_daemon.admission import admit, half_network, is_usual_network, require_own_network, standing
-from evaluator_daemon.folder import look_at, max_train_epochs, read_or_none
+from evaluator_daemon.admission import Looks, admit, half_network, is_usual_network, require_own_network, standing
 from evaluator_daemon.gpu_policy import POLICY_LOOK_S, pause_s
 from evaluator_daemon.job import Job
 from evaluator_daemon.pictures import AppliedLora, descriptions, read_pictures, write_pictures
+from evaluator_daemon.places import Place, TrialPlace
 from evaluator_daemon.recording import Memory, changed, given_up, now
 from evaluator_daemon.resident import ResidentModel
 from evaluator_daemon.sweep import TrialView, WeightFile, is_over, is_truncated, open_files
@@ -34,7 +34,7 @@ from shared.errors import (
 )
 from shared.failpoints import reach
 from shared.files import read_model, write_model
-from shared.layout import TRIAL_STATE, TrialLayout, checkpoint_epoch
+from shared.layout import TRIAL_STATE, TrialLayout
 from shared.locks import FileLock
 from shared.logs import log_change
 from shared.safetensors_file import Checkpoint, LoraLayout, lora_ranks, read_header
@@ -69,7 +69,8 @@ def evaluate_trial(
         StudyMismatchError, ResourceError: nothing can be evaluated now.
         Stopped: a signal asked for it; the checkpoint in hand is recorded as interrupted.
     """
-    trial = TrialLayout(trial_folder.resolve())
+    # a linked trial keeps its own name and its study's locks
+    trial = TrialLayout(trial_folder.parent.resolve() / trial_folder.name)
     trial.evaluations.folder.mkdir(exist_ok=True)
     lock = FileLock(trial.evaluations.lock)
     if not lock.try_acquire(LOCK_TIMEOUT_S):
@@ -77,35 +78,43 @@ def evaluate_trial(
     with contextlib.ExitStack() as held:
         held.callback(lock.release)
         service = Service()
-        evaluator = Evaluator(job, trial, service, changed_state, deferred)
+        evaluator = Evaluator(job, TrialPlace(trial), service, changed_state, deferred)
         evaluator.close_unfinished(previous_crash)
-        if watch:
-            folder_watch = FolderWatch(trial.folder, WAKING_NAMES, service.wake)
+        folder_watch = FolderWatch(trial.folder, WAKING_NAMES, service.wake) if watch else None
+        if folder_watch is not None:
             held.callback(folder_watch.close)
             if folder_watch.blind_because:
                 log_change(_log, "no events here", why=folder_watch.blind_because, interval_s=job.check_interval_s)
-        service.run(lambda: evaluator.tick(watch=watch), job.check_interval_s)
+
+        def tick() -> None:
+            if folder_watch is not None:
+                folder_watch.check()  # every tick looks at the whole folder, so what was lost meanwhile is found
+            evaluator.tick(watch=watch)
+
+        service.run(tick, job.check_interval_s)
+        evaluator.say_best()
 
 
 class Evaluator:
-    """Works through one trial's folder; the model is loaded for the first checkpoint and stays."""
+    """Works through a trial's folder, or files under a label; the model is loaded for the first one and stays."""
 
     def __init__(
         self,
         job: Job,
-        trial: TrialLayout,
+        place: Place,
         service: Service,
         changed_state: Callable[[], None],
         deferred: Callable[[], None] = lambda: None,
     ) -> None:
         self.job = job
-        self.trial = trial
+        self.place = place
         self.plan_hash = job.plan.digest()
-        self.memory = Memory(trial.name, trial.evaluations, self.plan_hash)
+        self.memory = Memory(place.name, place.evaluations, self.plan_hash, job.plan)
         self._service = service
         self._changed_state = changed_state
-        self._model = ResidentModel(job, self._stop_if_asked)
-        self._waiting: dict[str, str] = {}
+        self.model = ResidentModel(job, self._stop_if_asked)
+        self._looks = Looks()
+        self.waiting: dict[str, str] = {}
         self._deferred = deferred
         self._deferrals = 0  # in a row
         self._said_deferred: str | None = None
@@ -118,14 +127,29 @@ class Evaluator:
             last = record.attempts[-1]
             log_change(_log, last.outcome, checkpoint=record.checkpoint, reason=last.reason)
 
+    def say_best(self) -> None:
+        """Say which checkpoint is best, when all that is there is done."""
+        best = self.memory.best
+        if best is not None:
+            log_change(
+                _log,
+                "best checkpoint",
+                checkpoint=best.checkpoint,
+                epoch=best.epoch,
+                objective=best.objective,
+                score=best.score,
+                certainty=None if best.certainty is None else round(best.certainty, 3),
+                tie_set=",".join(best.tie_set),
+            )
+
     def tick(self, *, watch: bool) -> None:
         """Evaluate everything that is there, looking at the folder again after each; end the service when done."""
         try:
             self._sweep(watch=watch)
         except (DiskError, FileNotFoundError):
-            if self.trial.folder.is_dir():
+            if self.place.is_there():
                 raise
-            log_change(_log, "the trial's folder is gone", folder=self.trial.folder)
+            log_change(_log, "the folder is gone", folder=self.place.evaluations.folder.parent)
             self._service.stop()
 
     def _sweep(self, *, watch: bool) -> None:
@@ -133,16 +157,17 @@ class Evaluator:
             return
         looked_at: set[str] = set()
         while not self._service.stopping:
-            view = look_at(self.trial, self.memory.records, self.plan_hash, time.time())
+            view = self.place.look(self.memory.records, self.plan_hash)
+            self._looks.note(view.files, time.monotonic())
             todo = [file for file in open_files(view) if file.name not in looked_at]
             if not todo:
                 if not watch or (is_over(view, self.job.idle_timeout_s) and not open_files(view)):
                     self._service.stop()
                 self._go_on()
-                self._model.rest()
+                self.model.rest()
                 return
-            if training := self._model.held_back():
-                self._model.give_back()
+            if training := self.model.held_back():
+                self.model.give_back()
                 self._defer(training, POLICY_LOOK_S)
                 return
             if self._deferrals == 0:  # what waited for memory goes on when it has got it, not when it tries
@@ -178,10 +203,10 @@ class Evaluator:
 
     def evaluate(self, file: WeightFile, view: TrialView) -> bool:
         """Take one weight file through all steps; False when only time can help it."""
-        path = self.trial.folder / f"{file.name}.safetensors"
-        params = read_or_none(self.trial.params, TrialParams)
+        path = self.place.file(file.name)
+        params = self.place.params()
         try:
-            checkpoint, layout = admit(path, self.trial.folder)
+            checkpoint, layout = admit(path, path.parent, first_look=self._looks.first(file.name))
             if params is not None:
                 require_own_network(checkpoint, layout, params, self._scored_networks(file.name))
         except IncompleteCheckpointError as error:
@@ -189,7 +214,7 @@ class Evaluator:
         except RefusedCheckpointError as error:
             self._settle(file, "quarantined", error)
             return True
-        self._waiting.pop(file.name, None)
+        self.waiting.pop(file.name, None)
         return self._score(checkpoint, layout, params)
 
     # ------------------------------------------------------------------------------------------------------ one file
@@ -200,8 +225,8 @@ class Evaluator:
         if error.code in ("incomplete", "unreadable") and is_truncated(file, view):
             self._settle(file, "truncated" if error.code == "incomplete" else "quarantined", error)
             return True
-        if self._waiting.get(file.name) != error.code:
-            self._waiting[file.name] = error.code
+        if self.waiting.get(file.name) != error.code:
+            self.waiting[file.name] = error.code
             log_change(_log, "checkpoint waits", checkpoint=file.name, code=error.code, reason=error.reason)
         return False
 
@@ -217,7 +242,7 @@ class Evaluator:
             checkpoint=name,
             checkpoint_sha256=checkpoint.sha256,
             plan_hash=self.plan_hash,
-            epoch=self._epoch(checkpoint),
+            epoch=self.place.epoch(checkpoint),
             attempts=known.attempts if known and known.status == "waiting" else (),
             status="waiting",
             size=size,
@@ -231,7 +256,7 @@ class Evaluator:
     def _attempt(
         self, record: CheckpointRecord, checkpoint: Checkpoint, layout: LoraLayout, params: TrialParams | None
     ) -> bool:
-        with self._model.turn():
+        with self.model.turn():
             return self._attempt_now(record, checkpoint, layout, params)
 
     def _attempt_now(
@@ -252,7 +277,7 @@ class Evaluator:
         except DiskError as error:
             log_change(_log, "attempt withdrawn", checkpoint=record.checkpoint, reason=error)
             # half an evaluation is none, and the record needs its room
-            shutil.rmtree(self.trial.evaluations.checkpoint(record.checkpoint).folder, ignore_errors=True)
+            shutil.rmtree(self.place.evaluations.checkpoint(record.checkpoint).folder, ignore_errors=True)
             self.memory.withdraw_attempt(record)
             raise
         except DeviceBusyError:
@@ -275,7 +300,7 @@ class Evaluator:
 
     def _record(self, record: CheckpointRecord, checkpoint: Checkpoint, metrics: Metrics) -> None:
         """Close a successful attempt, unless other content stands at the name by now: then its result is no one's."""
-        fate = standing(checkpoint, self.trial.folder)
+        fate = standing(checkpoint, checkpoint.path.parent)
         if fate == "replaced":
             self.memory.evaluations.checkpoint(record.checkpoint).metrics.unlink(missing_ok=True)
             reason = "the file was replaced while it was evaluated; what it was replaced by is evaluated next"
@@ -291,15 +316,15 @@ class Evaluator:
         self, record: CheckpointRecord, checkpoint: Checkpoint, layout: LoraLayout, params: TrialParams | None
     ) -> Metrics:
         """Render, measure and write one checkpoint's folder, metrics.json last."""
-        judged = self._model.judge(
+        judged = self.model.judge(
             checkpoint,
             layout,
-            of=self.trial.name,
+            of=self.place.name,
             epoch=record.epoch,
             is_usual=params is not None and is_usual_network(checkpoint, params),
         )
         reach("evaluator.rendered")
-        folder = self.trial.evaluations.checkpoint(record.checkpoint)
+        folder = self.place.evaluations.checkpoint(record.checkpoint)
         write_pictures(folder, judged.pictures, self._descriptions(checkpoint))
         reach("evaluator.pictures_written")
         write_model(folder.metrics, judged.metrics)
@@ -308,7 +333,7 @@ class Evaluator:
 
     def _copy_twin(self, record: CheckpointRecord, twin: CheckpointRecord, checkpoint: Checkpoint) -> bool:
         """Record equal content under its second name without rendering it again; False when its pictures are gone."""
-        source = self.trial.evaluations.checkpoint(twin.checkpoint)
+        source = self.place.evaluations.checkpoint(twin.checkpoint)
         metrics = Metrics.model_validate(
             {**dict(read_model(source.metrics, Metrics)), "checkpoint": record.checkpoint, "epoch": record.epoch}
         )
@@ -316,7 +341,7 @@ class Evaluator:
             pictures = read_pictures(source, len(metrics.samples))
         except OSError:
             return False
-        folder = self.trial.evaluations.checkpoint(record.checkpoint)
+        folder = self.place.evaluations.checkpoint(record.checkpoint)
         write_pictures(folder, pictures, self._descriptions(checkpoint))
         write_model(folder.metrics, metrics)
         record = changed(record, status="recorded", same_as=twin.checkpoint)
@@ -343,7 +368,8 @@ class Evaluator:
         found = {}
         for record in (r for r in self.memory.records if r.status == "recorded" and r.checkpoint != but):
             try:
-                header = read_header(self.trial.folder / f"{record.checkpoint}.safetensors", self.trial.folder)
+                path = self.place.file(record.checkpoint)
+                header = read_header(path, path.parent)
             except CheckpointError:
                 continue
             if (header.stamp.size, header.stamp.mtime_ns) == (record.size, record.modified_ns):
@@ -356,7 +382,7 @@ class Evaluator:
         records = {record.checkpoint: record for record in self.memory.records}
         for other, ranks in self._scored_networks(name).items():
             if missing := sorted(names - ranks.keys()):
-                path = self.trial.folder / f"{other}.safetensors"
+                path = self.place.file(other)
                 error = half_network(path, missing, f"of the {len(names)} modules of {name}, of the same trial")
                 self.memory.put(given_up(records[other], error.code, error.reason))
                 log_change(_log, "quarantined", checkpoint=other, code=error.code, reason=error.reason)
@@ -372,11 +398,6 @@ class Evaluator:
 
     def _is_recorded(self, record: CheckpointRecord) -> bool:
         return record.status == "recorded" and self.memory.has_results(record)
-
-    def _epoch(self, checkpoint: Checkpoint) -> int | None:
-        return checkpoint_epoch(
-            checkpoint.path.name, checkpoint.epoch, max_train_epochs(self.trial), self.trial.output_name
-        )
 
     def _say_recorded(self, record: CheckpointRecord, metrics: Metrics) -> None:
         log_change(

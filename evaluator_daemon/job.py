@@ -76,9 +76,13 @@ def study_folder(settings: EvaluatorSettings, *, make: bool) -> StudyLayout:
     return StudyLayout(settings.optimization_dir.resolve())
 
 
-def find_job(loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout) -> Job | None:
+def find_job(
+    loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout, *, override_plan: bool = False
+) -> Job | None:
     """Return the study's job, or the one the flags describe in a folder without run.json.
 
+    Args:
+        override_plan: flags that differ from the study's plan change it, for results outside the trials.
     Returns:
         None where there is no run.json and the flags do not suffice: the study has not been started yet.
     Raises:
@@ -90,7 +94,8 @@ def find_job(loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout) -> J
     require_device(settings.device)
     run = read_run(study)
     if run is not None and run.plan is not None:
-        return _job_of_study(loaded, study, run, run.plan)
+        plan = overridden(loaded, run.plan) if override_plan else run.plan
+        return _job_of_study(loaded, study, run, plan)
     if run is not None:
         raise StudyMismatchError(
             f"{study.run}: the trainer of this study scores its trials itself; nothing to evaluate"
@@ -131,6 +136,23 @@ def adopt_run(loaded: LoadedSettings[EvaluatorSettings], study: StudyLayout, job
     adopted = find_job(loaded, study)
     assert adopted is not None, "there is a run.json"
     return adopted
+
+
+def overridden(loaded: LoadedSettings[EvaluatorSettings], plan: EvaluationPlan) -> EvaluationPlan:
+    """Return the plan as the flags would have it.
+
+    Raises:
+        SettingsError: the prompt file is not usable.
+    """
+    settings = loaded.settings
+    updates: dict[str, object] = {
+        name: getattr(settings, name)
+        for name in type(plan).model_fields.keys() & loaded.origins.keys() - {"prompts"}
+        if loaded.origins[name] != "default"
+    }
+    if settings.prompts is not None:
+        updates["prompts"] = read_prompt_file(settings.prompts)
+    return EvaluationPlan.model_validate({**dict(plan), **updates})
 
 
 def read_run(study: StudyLayout) -> Run | None:
@@ -282,4 +304,7 @@ def _shown(overrides: Sequence[PromptOptions]) -> list[dict[str, object]]:
 
 
 def _differs(flag: str, here: object, there: object) -> StudyMismatchError:
-    return StudyMismatchError(f"{flag} is {here!r}, but the study's run.json has {there!r}; leave the flag out")
+    return StudyMismatchError(
+        f"{flag} is {here!r}, but the study's run.json has {there!r}; leave the flag out "
+        "(only `evaluate FILE --override-plan` may differ)"
+    )

@@ -6,7 +6,6 @@ Source: stable-diffusion-webui 1.10, modules/processing.py create_infotext and m
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections.abc import Sequence
@@ -36,7 +35,7 @@ class AppliedLora:
 
     Args:
         name: its file's name without .safetensors.
-        short_hash: the first 12 hexadecimal digits of `data_hash`, by which the web UI finds it.
+        short_hash: the first 12 hexadecimal digits of its data's SHA-256, by which the web UI finds it.
         scale: strength it was applied with; 1 is as trained.
     """
 
@@ -47,13 +46,7 @@ class AppliedLora:
     @classmethod
     def of(cls, checkpoint: Checkpoint, scale: float) -> AppliedLora:
         """Return what a picture of this checkpoint has to say."""
-        return cls(checkpoint.path.stem, data_hash(checkpoint.raw)[:12], scale)
-
-
-def data_hash(raw: bytes) -> str:
-    """Return the SHA-256 of a safetensors file's data section, which sd-scripts writes as `sshs_model_hash`."""
-    start = 8 + int.from_bytes(raw[:8], "little")
-    return hashlib.sha256(memoryview(raw)[start:]).hexdigest()
+        return cls(checkpoint.path.stem, checkpoint.data_sha256[:12], scale)
 
 
 def descriptions(job: Job, lora: AppliedLora | None) -> list[str]:

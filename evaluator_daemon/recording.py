@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from datetime import datetime
 
+from evaluator_daemon.comparing import best_of, score_values
 from evaluator_daemon.folder import has_results, read_or_none
 from evaluator_daemon.sweep import SETTLED, quarantine_code
 from shared.files import read_or_set_aside, sweep_temp_files, write_model
@@ -12,7 +14,9 @@ from shared.layout import EvaluationsLayout
 from shared.logs import log_change
 from shared.schemas import (
     Attempt,
+    BestCheckpoint,
     CheckpointRecord,
+    EvaluationPlan,
     EvaluationState,
     EvaluationSummary,
     Metrics,
@@ -28,12 +32,20 @@ class Memory:
     """The evaluation_state.json of one folder of evaluations; one record per checkpoint name.
 
     A damaged state is set aside and rebuilt from the checkpoints' metrics.json files.
+
+    Args:
+        plan: the plan of that hash; without it no best checkpoint is named.
     """
 
-    def __init__(self, name: str, evaluations: EvaluationsLayout, plan_hash: str) -> None:
+    def __init__(
+        self, name: str, evaluations: EvaluationsLayout, plan_hash: str, plan: EvaluationPlan | None = None
+    ) -> None:
         self.name = name
         self.evaluations = evaluations
         self.plan_hash = plan_hash
+        self.best: BestCheckpoint | None = None
+        self._plan = plan
+        self._score_values: dict[tuple[str, str | None], dict[str, tuple[float, ...]]] = {}
         for folder in (evaluations.folder, *(path for path in evaluations.folder.iterdir() if path.is_dir())):
             sweep_temp_files(folder)
         reading = read_or_set_aside(evaluations.state, EvaluationState, now())
@@ -130,8 +142,23 @@ class Memory:
             total_checkpoints_evaluated=len(found),
             checkpoints={metrics.checkpoint: _summary_entry(metrics) for metrics in found},
             last_update=now(),
+            best=self._find_best(found),
         )
         write_model(self.evaluations.summary, summary)
+
+    def _find_best(self, found: Sequence[Metrics]) -> BestCheckpoint | None:
+        """The best of those that were evaluated with the plan; what a score is made of is computed once for each."""
+        if self._plan is None:
+            return None
+        comparable = {metrics.checkpoint: metrics for metrics in found if metrics.plan_hash == self.plan_hash}
+        tables = {}
+        for name, metrics in comparable.items():
+            key = (name, metrics.checkpoint_sha256)
+            if key not in self._score_values:
+                self._score_values[key] = score_values(metrics, self._plan)
+            tables[name] = self._score_values[key]
+        self.best = best_of(comparable, self._plan, tables)
+        return self.best
 
     def has_results(self, record: CheckpointRecord) -> bool:
         """Whether what the record is about is on disk."""

@@ -168,6 +168,15 @@ class ResidentModel:
         )
         return Judgement(rendering.pictures, metrics)
 
+    def base(self) -> Reference:
+        """Return the base model's own pictures and figures on the plan's grid.
+
+        Raises:
+            DeviceBusyError, ResourceError, StudyMismatchError, Stopped: as `judge`.
+        """
+        with self.turn(patient=True):
+            return self._ready()[1]
+
     def _enter(self, *, patient: bool) -> None:
         deferrals = 0
         while True:

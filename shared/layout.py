@@ -28,6 +28,7 @@ TRIAL_STATE = "trial_state.json"
 TRAINER_EXIT = "trainer_exit.json"
 EVALUATION_STATE = "evaluation_state.json"
 EVALUATION_SUMMARY = "evaluation_summary.json"
+EVALUATION_PLAN = "evaluation_plan.json"
 METRICS = "metrics.json"
 BEST_PARAMETERS = "best_parameters.json"
 ALL_TRIALS = "all_trials.json"
@@ -180,6 +181,14 @@ class EvaluationsLayout:
 
 
 @dataclass(frozen=True)
+class LabelLayout(EvaluationsLayout):
+    """A folder below evaluations/: what was evaluated outside the trials under one label."""
+
+    plan = Below(EVALUATION_PLAN)
+    log = Below("evaluation.log")
+
+
+@dataclass(frozen=True)
 class TrialLayout:
     """One trial's folder. A folder that only a trainer wrote to may be called anything that starts with trial_."""
 
@@ -318,7 +327,7 @@ class StudyLayout:
         trials = [TrialLayout(path) for path in _entries(self.root) if path.name.startswith("trial_") and path.is_dir()]
         return sorted(trials, key=lambda trial: (trial.number is None, trial.number or 0, trial.name))
 
-    def evaluations(self, label: str) -> EvaluationsLayout:
+    def evaluations(self, label: str) -> LabelLayout:
         """Return the folder of evaluations outside a trial's own checkpoints, e.g. evaluations/baseline/.
 
         Raises:
@@ -326,7 +335,7 @@ class StudyLayout:
         """
         if not re.fullmatch(LABEL_PATTERN, label):
             raise ValueError(f"an evaluation label must match {LABEL_PATTERN} but got {label!r}")
-        return EvaluationsLayout(self.root / "evaluations" / label)
+        return LabelLayout(self.root / "evaluations" / label)
 
     def requests(self, recipient: Recipient) -> Path:
         return self.root / "requests" / recipient

@@ -14,7 +14,7 @@ def declare(parser: argparse.ArgumentParser) -> Run:
         "Forget the strikes and the quarantine of a trial's checkpoints, or of one, so that they are evaluated again: "
         "at once where a manager runs, else with the next evaluation."
     )
-    parser.add_argument("trial", metavar="TRIAL", help="folder name or number of the trial, such as trial_0005 or 5")
+    parser.add_argument("trial", metavar="TRIAL", help="trial such as trial_0005 or 5, or a label")
     parser.add_argument(
         "checkpoint", nargs="?", metavar="CHECKPOINT", help="file name of one checkpoint (default: all of the trial)"
     )

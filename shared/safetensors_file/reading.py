@@ -81,6 +81,7 @@ def read_checkpoint(path: Path, inside: Path) -> Checkpoint:
         tensors=header.tensors,
         metadata=header.metadata,
         sha256=content_hash(header.tensors, data_hash.digest()),
+        data_sha256=data_hash.hexdigest(),
         raw=raw,
     )
 

@@ -79,8 +79,10 @@ class Header:
 class Checkpoint(Header):
     """A file proven whole, finite and not zero, with its bytes for `safetensors.torch.load`.
 
-    `sha256` is its identity by content; see `reading.content_hash`.
+    `sha256` is its identity by content; see `reading.content_hash`. `data_sha256` is that of the data section alone,
+    by which other programs know the file.
     """
 
     sha256: str
+    data_sha256: str
     raw: bytes = field(repr=False)

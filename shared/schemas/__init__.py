@@ -15,11 +15,13 @@ from shared import layout
 from shared.schemas.base import SCHEMA_VERSION, Record, Scalar, Time, VersionedFile
 from shared.schemas.evaluator import (
     Attempt,
+    BestCheckpoint,
     CheckpointRecord,
     EvaluationState,
     EvaluationSummary,
     Gate,
     GateCheck,
+    LabelledPlan,
     Metric,
     Metrics,
     PhaseSeconds,
@@ -64,6 +66,7 @@ __all__ = [
     "AllTrials",
     "Answer",
     "Attempt",
+    "BestCheckpoint",
     "BestParameters",
     "CheckpointRecord",
     "CurvePoint",
@@ -77,6 +80,7 @@ __all__ = [
     "EvaluatorRequest",
     "Gate",
     "GateCheck",
+    "LabelledPlan",
     "Metric",
     "Metrics",
     "OptimizerRequest",
@@ -146,6 +150,12 @@ DOCUMENTS: tuple[Document, ...] = (
         (f"trial_*/realtime_evaluations/{layout.EVALUATION_SUMMARY}", f"evaluations/*/{layout.EVALUATION_SUMMARY}"),
         EvaluationSummary,
         "Each checkpoint's main figures in epoch order.",
+    ),
+    Document(
+        "evaluation_plan",
+        (f"evaluations/*/{layout.EVALUATION_PLAN}",),
+        LabelledPlan,
+        "What is evaluated outside the trials under one label, and with which plan.",
     ),
     Document(
         "metrics",

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from shared.schemas.base import Count, Epoch, Fraction, Name, Pixels, Record, Seconds, Sha256, Time, Unit, VersionedFile
+from shared.schemas.plan import EvaluationPlan
 
 MetricStatus = Literal["ok", "unavailable", "failed"]
 Outcome = Literal["running", "recorded", "strike", "interruption"]
@@ -150,6 +151,22 @@ class SummaryEntry(Record):
     seconds: Seconds | None = Field(default=None, description="How long the evaluation took.")
 
 
+class BestCheckpoint(Record):
+    """Which checkpoint has the best objective among those that may win, and how sure that is."""
+
+    checkpoint: Name = Field(description="Its name.")
+    epoch: Epoch | None = Field(description="Epoch it was saved after; null when nothing tells it.")
+    objective: Name = Field(description="The score that decides.")
+    score: float = Field(description="Its value.")
+    certainty: Fraction | None = Field(
+        description="Chance that it is truly the best of them; null where too few pictures or values tell."
+    )
+    tie_set: tuple[Name, ...] = Field(
+        min_length=1,
+        description="Checkpoints that cannot be told from the true best, best score first, itself among them.",
+    )
+
+
 class EvaluationSummary(VersionedFile):
     """How quality went with the epochs, in the shape the earlier scripts wrote, with fields added."""
 
@@ -157,6 +174,9 @@ class EvaluationSummary(VersionedFile):
     total_checkpoints_evaluated: Count = Field(description="Number of entries below.")
     checkpoints: dict[str, SummaryEntry] = Field(description="Each evaluated checkpoint by name, in epoch order.")
     last_update: Time = Field(description="When this file was written.")
+    best: BestCheckpoint | None = Field(
+        default=None, description="The best of those whose gate is passed; null when there is none, or not recorded."
+    )
 
     @model_validator(mode="after")
     def _total_counts_entries(self) -> Self:
@@ -166,6 +186,16 @@ class EvaluationSummary(VersionedFile):
                 f"but there are {len(self.checkpoints)} checkpoints"
             )
         return self
+
+
+class LabelledPlan(VersionedFile):
+    """What is evaluated under a label outside any trial, and with which plan; written before the first rendering."""
+
+    label: Name = Field(description="The folder's name.")
+    plan: EvaluationPlan = Field(description="The plan of everything under this label.")
+    files: dict[str, str | None] = Field(
+        description="Weight file of each checkpoint by name, absolute; null for the base model alone."
+    )
 
 
 class Attempt(Record):

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from evaluator_daemon.job import Job
-from evaluator_daemon.pictures import AppliedLora, data_hash, descriptions, grid, read_pictures, to_png, write_pictures
+from evaluator_daemon.pictures import AppliedLora, descriptions, grid, read_pictures, to_png, write_pictures
 from shared.layout import StudyLayout
+from shared.safetensors_file import read_checkpoint
 from shared.schemas import EvaluationPlan, PromptOptions, ScoringPreset
 from tests.evaluator_daemon.tiny_models import lora_bytes
 
@@ -102,7 +103,9 @@ def test_the_web_ui_reads_every_value_back(changes, lora, expected):
 def test_the_lora_is_named_by_the_hash_that_the_web_ui_computes(tmp_path):
     raw = lora_bytes(3)
     (length,) = struct.unpack("<Q", raw[:8])
-    assert data_hash(raw) == hashlib.sha256(raw[8 + length :]).hexdigest()
+    (tmp_path / "lora.safetensors").write_bytes(raw)
+    applied = AppliedLora.of(read_checkpoint(tmp_path / "lora.safetensors", tmp_path), 1.0)
+    assert applied.short_hash == hashlib.sha256(raw[8 + length :]).hexdigest()[:12]
 
 
 def picture(height: int, width: int, value: int) -> np.ndarray:

@@ -97,6 +97,17 @@ def test_what_is_not_there_is_refused_with_what_is(study, command, says):
     assert says in str(caught.value)
 
 
+def test_a_label_outside_the_trials_is_lifted_too(study):
+    label = study.evaluations("mine")
+    label.folder.mkdir(parents=True)
+    records = (record("bad", "quarantined", (STRIKE,) * 3, "three_strikes"),)
+    write_model(label.state, EvaluationState(trial_name="mine", updated=TIME, checkpoints=records))
+    assert lift(study, retry(trial="mine"))["message"] == "mine: bad evaluated again"
+    assert read_model(label.state, EvaluationState).checkpoints[0].status == "waiting"
+    with pytest.raises(UserError, match=r"its trials: trial_0005; its labels: mine"):
+        lift(study, retry(trial="yours"))
+
+
 def test_nothing_is_written_while_an_evaluator_holds_the_trial(study):
     before = study.trial(5).evaluations.state.read_bytes()
     with FileLock(study.trial(5).evaluations.lock), pytest.raises(AlreadyRunningError):
@@ -136,7 +147,7 @@ def test_the_verb_works_with_and_without_a_manager_and_the_manager_refuses_what_
         asked = folder.submit(Evaluate(kind="evaluate", file=None, label="base"))
         answer = folder.wait_for_answer(asked, 60)
         assert answer is not None
-        assert (answer.ok, "cannot be evaluated yet" in answer.error) == (False, True)
+        assert (answer.ok, "cannot be evaluated by request" in answer.error) == (False, True)
         assert read_model(study.manager_state, EvaluatorManagerState).status == "waiting"
         assert manager.poll() is None
     finally:

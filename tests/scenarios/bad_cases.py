@@ -285,8 +285,8 @@ SETTINGS = [
     ),
     Case(
         "flag: one that is needed",
-        ("the following arguments are required: --trial", "evaluate --help"),
-        lambda world: world.evaluator(verb="evaluate"),
+        ("the following arguments are required: A B", "compare --help"),
+        lambda world: world.evaluator(verb="compare"),
     ),
     Case("flag: no value", ("argument --n-trials: expected one argument", "run --help"), flags("--n-trials")),
     Case("flag: no trial", ("--n-trials: '0'", "greater than or equal to 1"), flags("--n-trials", 0)),
@@ -734,6 +734,26 @@ EVALUATOR = [
         lambda world: world.evaluator("--trial", "nowhere", verb="evaluate"),
     ),
     Case(
+        "evaluate: nothing named",
+        ("FILE: ", "--trial DIR"),
+        lambda world: world.evaluator(verb="evaluate"),
+    ),
+    Case(
+        "evaluate: a file that is not there",
+        ("FILE: ", "that is there"),
+        lambda world: world.evaluator("gone.safetensors", verb="evaluate"),
+    ),
+    Case(
+        "evaluate: a label that leaves the folder",
+        ("--label: '../x'", "small letters"),
+        lambda world: world.evaluator("--base", "--label", "../x", verb="evaluate"),
+    ),
+    Case(
+        "evaluate: a file and a trial",
+        ("--trial: ", "leave --base out"),
+        lambda world: world.evaluator("--base", "--trial", world.pictures, verb="evaluate"),
+    ),
+    Case(
         "evaluator: a folder outside any study",
         ("run.json; pass --base-model and --prompts",),
         lambda world: world.evaluator("--trial", world.pictures, verb="evaluate"),
@@ -774,6 +794,26 @@ EVALUATOR_OF_STUDY = [
         "evaluator: pictures of its own for a study",
         ("--reference-pictures", "leave the flag out"),
         lambda world: world.evaluator("--reference-pictures", world.pictures),
+    ),
+    Case(
+        "evaluate: other pictures, without leave",
+        ("--num-samples is 3, but the study's run.json has 2", "--override-plan"),
+        lambda world: world.evaluator("--base", "--num-samples", 3, verb="evaluate"),
+    ),
+    Case(
+        "compare: one side",
+        ("A B: ", "at least two"),
+        lambda world: world.evaluator("base", verb="compare"),
+    ),
+    Case(
+        "compare: nothing of that name",
+        ("names no trial, label or file",),
+        lambda world: world.evaluator("base", "99", verb="compare"),
+    ),
+    Case(
+        "compare: a label without fresh pictures",
+        ("--label: ", "only --fresh"),
+        lambda world: world.evaluator("base", "99", "--label", "x", verb="compare"),
     ),
     Case(
         "evaluator: another base model",

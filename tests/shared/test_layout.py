@@ -30,7 +30,10 @@ TREE = [
     (STUDY.base_render("ab" * 32).metrics, "reference/abababababababab/metrics.json", "evaluator"),
     (STUDY.baseline / "v6.safetensors", "baseline/v6.safetensors", "optimizer"),
     (STUDY.evaluations("finalists").state, "evaluations/finalists/evaluation_state.json", "evaluator"),
-    (STUDY.evaluations("base").summary, "evaluations/base/evaluation_summary.json", "evaluator"),
+    (STUDY.evaluations("finalists").plan, "evaluations/finalists/evaluation_plan.json", "evaluator"),
+    (STUDY.evaluations("finalists").log, "evaluations/finalists/evaluation.log", "evaluator"),
+    (STUDY.evaluations("finalists").lock, "evaluations/finalists/.lock", "evaluator"),
+    (STUDY.evaluations("finalists").summary, "evaluations/finalists/evaluation_summary.json", "evaluator"),
     (STUDY.evaluations("base").checkpoint("base").metrics, "evaluations/base/base/metrics.json", "evaluator"),
     (TRIAL.params, "trial_0005/params.json", "optimizer"),
     (TRIAL.state, "trial_0005/trial_state.json", "optimizer"),
@@ -83,7 +86,9 @@ def test_a_path_lies_where_promised_and_has_its_writer(path, expected, writer):
     assert writer_of(inside(path)) == writer
 
 
-@pytest.mark.parametrize("layout", [STUDY, TRIAL, TRIAL.evaluations, TRIAL.final_evaluation, STUDY.results])
+@pytest.mark.parametrize(
+    "layout", [STUDY, TRIAL, TRIAL.evaluations, STUDY.evaluations("finalists"), TRIAL.final_evaluation, STUDY.results]
+)
 def test_no_path_of_a_layout_is_missing_above(layout):
     tested = {path for path, _, _ in TREE}
     tested |= {parent for path in tested for parent in path.parents}

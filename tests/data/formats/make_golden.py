@@ -249,6 +249,19 @@ def _of_the_evaluator() -> dict[str, BaseModel]:
                 FINAL: _summary_entry(4, (0.505, 0.191, 0.418), (0.04, 0.02, 0.03), 0.044, FINAL, "10:46:29"),
             },
             last_update=at("10:46:30"),
+            best=s.BestCheckpoint(
+                checkpoint=FINAL,
+                epoch=4,
+                objective="combined_score",
+                score=0.044,
+                certainty=0.87,
+                tie_set=(FINAL, EPOCH_2),
+            ),
+        ),
+        "evaluation_plan": s.LabelledPlan(
+            label="finalists",
+            plan=PLAN,
+            files={EPOCH_2: f"/data/study/trial_0005/{EPOCH_2}.safetensors", "base": None},
         ),
         "evaluation_state": s.EvaluationState(
             trial_name="trial_0005",

@@ -1,0 +1,256 @@
+"""Recorded figures against each other: which is better, by how much, and can it be told? Nothing is rendered here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, pstdev
+from typing import Literal
+
+import numpy as np
+
+from evaluator_daemon.measuring import scores_of
+from evaluator_daemon.scoring import Interval
+from evaluator_daemon.statistics import Ranking, difference, pseudo_values, rank
+from shared.schemas import BestCheckpoint, EvaluationPlan, Metric, Metrics
+
+Direction = Literal["minimise", "maximise", "target"]
+Verdict = Literal["better", "worse", "differs", "cannot be told", "no interval"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One side against the reference side, in one quantity.
+
+    Args:
+        mean: this side's figure.
+        interval: this side minus the reference, with its paired 95 % interval; None where only the figures are known.
+        verdict: of this side; "differs" where the quantity has a target and neither end is better.
+    """
+
+    side: str
+    mean: float | None
+    interval: Interval | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric or score of all sides.
+
+    Args:
+        reference_mean: the reference side's figure.
+        differences: of the other sides, in their order.
+    """
+
+    name: str
+    kind: Literal["metric", "score"]
+    direction: Direction
+    reference_mean: float | None
+    differences: tuple[Difference, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two or more sides on one plan.
+
+    Args:
+        sides: their names, in the order asked for.
+        pictures: per side.
+        reference: the side that the others are held against: the second of two, of more the one with the best score.
+        infeasible: sides whose gate failed, with the reasons; they cannot be the best.
+        best: which feasible side is best; None where none is.
+    """
+
+    objective: str
+    sides: tuple[str, ...]
+    pictures: int
+    reference: str
+    rows: tuple[Row, ...]
+    infeasible: Mapping[str, str]
+    best: BestCheckpoint | None
+
+
+def compare(sides: Mapping[str, Metrics], plan: EvaluationPlan) -> Comparison:
+    """Compare sides that were evaluated with the same plan.
+
+    Args:
+        sides: name -> what was measured; two or more.
+    """
+    names = tuple(sides)
+    objective = plan.scoring.objective
+    tables = {name: score_values(metrics, plan) for name, metrics in sides.items()}
+    best = best_of(sides, plan, tables)
+    reference = names[1] if len(names) == 2 else (best.checkpoint if best else names[0])
+    return Comparison(
+        objective=objective,
+        sides=names,
+        pictures=min(len(metrics.samples) for metrics in sides.values()),
+        reference=reference,
+        rows=(*_score_rows(sides, tables, reference), *_metric_rows(sides, reference)),
+        infeasible={name: why_infeasible(metrics) for name, metrics in sides.items() if not metrics.gate.feasible},
+        best=best,
+    )
+
+
+def best_of(
+    checkpoints: Mapping[str, Metrics],
+    plan: EvaluationPlan,
+    tables: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+) -> BestCheckpoint | None:
+    """Name the best of those that may win, with what cannot be told from it; None where none may or has a score.
+
+    Args:
+        tables: each one's `score_values`, where they are known.
+    """
+    objective = plan.scoring.objective
+    scores = {
+        name: metrics.scores[objective].value
+        for name, metrics in checkpoints.items()
+        if metrics.gate.feasible and objective in metrics.scores
+    }
+    known = {name: score for name, score in scores.items() if score is not None}
+    if not known:
+        return None
+    tables = tables or {name: score_values(checkpoints[name], plan) for name in known}
+    minimise = checkpoints[next(iter(known))].scores[objective].direction == "minimise"
+    names = list(known)
+    columns = [tables[name].get(objective, ()) for name in names]
+    ranking: Ranking
+    if len({len(column) for column in columns}) == 1 and len(columns[0]) > 1:
+        ranking = rank(np.array(columns), minimise=minimise, scores=list(known.values()))
+    else:  # one picture, or no value per picture: nothing tells the difference from chance
+        ranking = rank(np.array(list(known.values()))[:, None], minimise=minimise)
+    best = names[ranking.best]
+    return BestCheckpoint(
+        checkpoint=best,
+        epoch=checkpoints[best].epoch,
+        objective=objective,
+        score=known[best],
+        certainty=None if ranking.certainty is None else min(1.0, max(0.0, ranking.certainty)),
+        tie_set=tuple(names[row] for row in ranking.tied),
+    )
+
+
+def score_values(metrics: Metrics, plan: EvaluationPlan) -> dict[str, tuple[float, ...]]:
+    """Each score's pseudo-value per picture; scores that are null are left out, and all of a single picture.
+
+    A quantity of the whole set that has no value per picture enters as it is: its own uncertainty is not in them.
+    """
+    count = len(metrics.samples)
+    if count < 2:
+        return {}
+    whole = metrics.metrics
+    kept: dict[tuple[int, ...], dict[str, float]] = {}
+
+    def scores_without(indices: Sequence[int]) -> dict[str, float]:
+        chosen = tuple(indices)
+        if chosen not in kept:
+            part = {name: _part(metric, chosen) for name, metric in whole.items()}
+            scores = scores_of(part, plan)
+            kept[chosen] = {name: score.value for name, score in scores.items() if score.value is not None}
+        return kept[chosen]
+
+    everything = scores_without(range(count))
+    return {
+        name: pseudo_values(lambda indices, name=name: scores_without(indices)[name], count)  # type: ignore[misc]
+        for name in everything
+    }
+
+
+def why_infeasible(metrics: Metrics) -> str:
+    """Say which checks of the gate failed."""
+    failed = [f"{name}: {check.reason}" for name, check in metrics.gate.checks.items() if check.passed is False]
+    return "; ".join(failed)
+
+
+def fields_that_differ(first: EvaluationPlan, second: EvaluationPlan) -> dict[str, tuple[object, object]]:
+    """Return each field of two plans that is not equal, with both values; the scoring's by their dotted names."""
+    found: dict[str, tuple[object, object]] = {}
+    for name in type(first).model_fields:
+        ours, theirs = getattr(first, name), getattr(second, name)
+        if ours == theirs:
+            continue
+        if name != "scoring":
+            found[name] = (ours, theirs)
+            continue
+        flat = [{"name": s.name, "objective": s.objective, **s.values} for s in (ours, theirs)]
+        for key in sorted(flat[0].keys() | flat[1].keys()):
+            if flat[0].get(key) != flat[1].get(key):
+                found[f"scoring {key}"] = (flat[0].get(key), flat[1].get(key))
+    return found
+
+
+def differences_text(fields: Mapping[str, tuple[object, object]]) -> str:
+    """Say which fields of two plans differ, with both values."""
+    return ", ".join(f"{name} is {first!r} there and {second!r} here" for name, (first, second) in fields.items())
+
+
+def _part(metric: Metric, indices: Sequence[int]) -> Metric:
+    """The metric as it would be of some of the pictures."""
+    if metric.per_image is None or metric.status != "ok":
+        return metric
+    per_image = tuple(metric.per_image[i] for i in indices)
+    values = [value for value in per_image if value is not None]
+    if not values:
+        return metric
+    return metric.model_copy(update={"per_image": per_image, "value": fmean(values), "std": pstdev(values)})
+
+
+def _score_rows(
+    sides: Mapping[str, Metrics], tables: Mapping[str, Mapping[str, Sequence[float]]], reference: str
+) -> list[Row]:
+    rows = []
+    for name, score in sides[reference].scores.items():
+        values = {side: tables[side].get(name) for side in sides}
+        figures = {
+            side: metrics.scores[name].value if name in metrics.scores else None for side, metrics in sides.items()
+        }
+        rows.append(_row(name, "score", score.direction, figures, values, reference))
+    return rows
+
+
+def _metric_rows(sides: Mapping[str, Metrics], reference: str) -> list[Row]:
+    rows = []
+    for name, metric in sides[reference].metrics.items():
+        found = {side: metrics.metrics.get(name) for side, metrics in sides.items()}
+        figures = {side: other.value if other else None for side, other in found.items()}
+        values = {side: _whole(other.per_image) if other and other.per_image else None for side, other in found.items()}
+        rows.append(_row(name, "metric", metric.direction, figures, values, reference))
+    return rows
+
+
+def _whole(values: Sequence[float | None]) -> list[float] | None:
+    """The values, where every picture has one."""
+    known = [value for value in values if value is not None]
+    return known if len(known) == len(values) else None
+
+
+def _row(
+    name: str,
+    kind: Literal["metric", "score"],
+    direction: Direction,
+    figures: Mapping[str, float | None],
+    values: Mapping[str, Sequence[float] | None],
+    reference: str,
+) -> Row:
+    differences = []
+    for side in (side for side in figures if side != reference):
+        ours, theirs = figures[side], figures[reference]
+        interval = None
+        mine, others = values[side], values[reference]
+        if ours is not None and theirs is not None and mine and others and len(mine) == len(others) > 1:
+            interval = difference(mine, others, ours - theirs)
+        differences.append(Difference(side, ours, interval, _verdict(interval, direction)))
+    return Row(name, kind, direction, figures[reference], tuple(differences))
+
+
+def _verdict(interval: Interval | None, direction: Direction) -> Verdict:
+    if interval is None or math.isinf(interval.high):
+        return "no interval"
+    if interval.low <= 0 <= interval.high:
+        return "cannot be told"
+    if direction == "target":
+        return "differs"
+    return "better" if (interval.high < 0) == (direction == "minimise") else "worse"

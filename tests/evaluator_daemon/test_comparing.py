@@ -1,0 +1,107 @@
+"""Recorded figures against each other: differences, verdicts, the best of those that may win."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from statistics import fmean
+
+import pytest
+
+from evaluator_daemon.comparing import best_of, compare, fields_that_differ, score_values
+from evaluator_daemon.measuring import scores_of
+from evaluator_daemon.metrics.base import measured
+from evaluator_daemon.operands import fresh_plan
+from shared.schemas import EvaluationPlan, Gate, GateCheck, Metric, Metrics, PhaseSeconds, Sample, ScoringPreset
+
+PLAN = EvaluationPlan(
+    prompts=("a", "b", "c"), negative_prompt="", num_samples=8, base_seed=42, width=64, height=64, steps=2,
+    sampler="dpmpp_2m_karras", cfg_scale=7.5, clip_skip=1, base_digest="a" * 64, vae_digest=None, lora_scale=1.0,
+    dtype="float32", batch_size=8, scoring=ScoringPreset(name="combined", objective="combined_score", values={}),
+)  # fmt: skip
+WAVE = (0.01, -0.02, 0.03, 0.0, -0.01, 0.02, -0.03, 0.005)
+PASSED = Gate(feasible=True, checks={"sentinels": GateCheck(passed=True)})
+FAILED = Gate(feasible=False, checks={"sentinels": GateCheck(passed=False, reason="image 1 is black")})
+
+
+def of(name: str, brightness: float, *, gate: Gate = PASSED, noise: int = 0, pictures: int = 8) -> Metrics:
+    """Eight pictures around a brightness; `noise` shifts whose residual is whose."""
+    shifted = [WAVE[(i + noise) % 8] * 0.4 + WAVE[i] for i in range(pictures)]
+    figures = {
+        "brightness": measured([brightness + wave for wave in shifted], "target"),
+        "contrast": measured([0.25 + wave / 2 for wave in shifted], "target"),
+        "saturation": measured([0.4 + wave for wave in shifted], "target"),
+        "sharpness": measured([brightness / 2 + wave for wave in shifted], "maximise"),
+        "of_the_set": Metric(version="1", direction="maximise", status="ok", value=brightness),
+    }
+    return Metrics(
+        trial_name="t", checkpoint=name, checkpoint_sha256="b" * 64, plan_hash=PLAN.digest(), epoch=1,
+        evaluation_time=datetime(2025, 11, 15, tzinfo=UTC),
+        samples=tuple(Sample(file=f"sample_{i}.png", prompt="a", seed=i) for i in range(pictures)),
+        metrics=figures, scores=scores_of(figures, PLAN), gate=gate,
+        seconds=PhaseSeconds(load=0, render=0, measure=0, total=0), batch_size=8, device="cpu", library_versions={},
+    )  # fmt: skip
+
+
+def test_the_best_is_named_with_its_tie_set_and_a_failed_gate_never_wins():
+    found = {
+        "good": of("good", 0.6),
+        "as good": of("as good", 0.606, noise=3),
+        "poor": of("poor", 0.9, noise=5),
+        "collapsed": of("collapsed", 0.5, gate=FAILED),
+    }
+    best = best_of(found, PLAN)
+    assert (best.checkpoint, set(best.tie_set)) == ("good", {"good", "as good"})
+    assert best.score == found["good"].scores["combined_score"].value
+    assert 0.5 < best.certainty < 0.95
+    assert best_of({"collapsed": found["collapsed"]}, PLAN) is None
+    assert best_of({}, PLAN) is None
+
+
+def test_one_picture_ranks_but_tells_nothing():
+    best = best_of({"a": of("a", 0.6, pictures=1), "b": of("b", 0.9, pictures=1)}, PLAN)
+    assert (best.checkpoint, best.certainty, best.tie_set) == ("a", None, ("a", "b"))
+
+
+def test_two_sides_have_a_verdict_in_every_quantity():
+    found = compare({"dark": of("dark", 0.7), "light": of("light", 0.9, noise=2)}, PLAN)
+    verdicts = {row.name: row.differences[0].verdict for row in found.rows}
+    assert found.reference == "light"
+    assert verdicts["combined_score"] == "better"
+    assert verdicts["sharpness"] == "worse"
+    assert verdicts["brightness"] == "differs"
+    assert verdicts["saturation"] == "cannot be told"
+    assert verdicts["of_the_set"] == "no interval"
+    score = next(row for row in found.rows if row.name == "combined_score").differences[0]
+    assert score.interval.mean == pytest.approx(score.mean - found.rows[2].reference_mean)
+    assert found.best.tie_set == ("dark",)
+
+
+def test_of_three_the_best_is_what_the_others_are_held_against_and_reasons_are_told():
+    sides = {"a": of("a", 0.9), "b": of("b", 0.6, noise=1), "c": of("c", 0.5, gate=FAILED)}
+    found = compare(sides, PLAN)
+    assert (found.reference, found.infeasible) == ("b", {"c": "sentinels: image 1 is black"})
+    assert [d.side for d in found.rows[0].differences] == ["a", "c"]
+
+
+def test_the_values_of_a_score_that_is_a_distance_average_to_it_nearly():
+    metrics = of("a", 0.8)
+    values = score_values(metrics, PLAN)
+    assert fmean(values["brightness_score"]) == pytest.approx(metrics.scores["brightness_score"].value, abs=0.002)
+    assert len(values["combined_score"]) == 8
+
+
+def test_plans_differ_in_named_fields_of_the_scoring_too():
+    preset = ScoringPreset(name="combined", objective="combined_score", values={"target.brightness": 0.4})
+    other = PLAN.model_copy(update={"steps": 30, "scoring": preset})
+    assert fields_that_differ(PLAN, other) == {"steps": (2, 30), "scoring target.brightness": (None, 0.4)}
+    assert fields_that_differ(PLAN, PLAN) == {}
+
+
+@pytest.mark.parametrize("pictures", [1, 8, 9, 32])
+def test_fresh_seeds_are_none_of_the_plans(pictures):
+    plan = PLAN.model_copy(update={"num_samples": pictures})
+    fresh = fresh_plan(plan, 16)
+    seeds = [{one.sample(i)[1] for i in range(one.num_samples)} for one in (plan, fresh)]
+    assert not seeds[0] & seeds[1]
+    assert fresh.num_samples == 16
+    assert fresh_plan(plan, 16) == fresh
