@@ -150,9 +150,15 @@ def overridden(loaded: LoadedSettings[EvaluatorSettings], plan: EvaluationPlan) 
         for name in type(plan).model_fields.keys() & loaded.origins.keys() - {"prompts"}
         if loaded.origins[name] != "default"
     }
-    if settings.prompts is not None:
-        updates["prompts"] = read_prompt_file(settings.prompts)
-    return EvaluationPlan.model_validate({**dict(plan), **updates})
+    changed = EvaluationPlan.model_validate({**dict(plan), **updates})
+    if settings.prompts is None:
+        return changed
+    prompts = read_prompt_file(settings.prompts)
+    texts = tuple(prompt.text for prompt in prompts)
+    # options count for the plan's prompts, so both change together
+    return EvaluationPlan.model_validate(
+        {**dict(changed), "prompts": texts, "overrides": overrides_of(prompts, changed)}
+    )
 
 
 def read_run(study: StudyLayout) -> Run | None:

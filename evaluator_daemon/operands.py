@@ -181,7 +181,7 @@ def _of_file(text: str, file: Path, study: StudyLayout, plan: EvaluationPlan | N
 def fresh_plan(plan: EvaluationPlan, pictures: int) -> EvaluationPlan:
     """Return the plan with other pictures: as many as asked for, on seeds that the plan never used."""
     # a prompt may have a seed of its own in place of base_seed
-    options = getattr(plan, "overrides", ())
+    options = plan.overrides
     starts = [plan.base_seed, *(own.seed for own in options if own.seed is not None)]
     beyond = max(starts) + -(-plan.num_samples // len(plan.prompts)) - min(starts)
     updates: dict[str, object] = {"num_samples": pictures, "base_seed": plan.base_seed + beyond}

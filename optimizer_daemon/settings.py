@@ -8,8 +8,9 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from optimizer_daemon.search.load import preset_names
+from optimizer_daemon.search.load import preset_names as search_spaces
 from shared.gpu_lease import GpuPolicy
+from shared.scoring_presets import preset_names as scorings
 from shared.settings import DaemonSettings, load_settings
 
 
@@ -68,16 +69,18 @@ class OptimizerSettings(DaemonSettings):
 
 
 def load_optimizer_settings(arguments: argparse.Namespace) -> OptimizerSettings:
-    """Return the effective settings; a search space file that the study file names lies beside it.
+    """Return the effective settings; a search space or scoring file that the study file names lies beside it.
 
     Raises:
         SettingsError: a value will not do.
     """
     loaded = load_settings(OptimizerSettings, arguments)
-    settings, config = loaded.settings, arguments.config
-    name = settings.search_space
-    if name in preset_names():
-        return settings
-    beside = config is not None and loaded.origins["search_space"].startswith(str(config))
-    file = config.parent / name if beside else Path(name)
-    return settings.model_copy(update={"search_space": str(file.absolute())})
+    changes: dict[str, str] = {}
+    # A scoring without suffix or folder is a misspelt preset, and is to be shown as it was written.
+    for field, presets in (("search_space", search_spaces()), ("scoring", scorings())):
+        name = getattr(loaded.settings, field)
+        if name not in presets and (field != "scoring" or Path(name).suffix or "/" in name):
+            config = arguments.config
+            beside = config is not None and loaded.origins[field].startswith(str(config))
+            changes[field] = str((config.parent / name if beside else Path(name)).absolute())
+    return loaded.settings.model_copy(update=changes)

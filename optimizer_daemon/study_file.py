@@ -28,7 +28,7 @@ from shared.prompts import draw_prompts, read_prompt_file
 from shared.schemas import Run, Scalar, ScoringPreset, Trainer
 from shared.schemas.optimizer import RunStatus
 from shared.schemas.pictures import Picture, StudyPictures
-from shared.scoring_presets import load_preset, plan_scoring
+from shared.scoring_presets import load_preset, plan_scoring, require_networks
 
 Shown = dict[str, Scalar | tuple[Scalar, ...] | None]
 """Settings by flag name, without the dashes."""
@@ -206,6 +206,7 @@ def _measuring(settings: OptimizerSettings, dataset_config: Path) -> tuple[Scori
     """
     preset = load_preset(settings.scoring)
     inputs = MetricInputs(settings.clip_model, settings.dino_model, settings.lpips_weights)
+    require_networks(inputs)
     named = parse_metrics(settings.metrics, inputs, preset.needed_metrics)
     pictures = StudyPictures()
     if preset.targets == "dataset" or any(uses_pictures(name) for name in named):

@@ -247,12 +247,11 @@ def plan_scoring(
 
 def _digests(inputs: Inputs, metrics: Sequence[str]) -> dict[str, str]:
     """Identity of every network that is given, and of the pictures that a metric looks at."""
+    require_networks(inputs)
     found = {}
     if inputs.clip_model is not None:
-        require_clip_model(inputs.clip_model)
         found["clip_digest"] = digest_model(inputs.clip_model, setting="--clip-model")
     if inputs.dino_model is not None:
-        require_dino_model(inputs.dino_model)
         found["dino_digest"] = digest_model(inputs.dino_model, setting="--dino-model")
     if inputs.lpips_weights is not None:
         found["lpips_digest"] = lpips_digest(inputs.lpips_weights)
@@ -262,6 +261,21 @@ def _digests(inputs: Inputs, metrics: Sequence[str]) -> dict[str, str]:
     if "training pictures" in needs and inputs.pictures.training:
         found["training_digest"] = pictures_digest(inputs.pictures.training)
     return found
+
+
+def require_networks(inputs: Inputs) -> None:
+    """Refuse networks that are not there or not whole; only small files and headers are read.
+
+    Raises:
+        SettingsError: names the flag and what is wrong.
+    """
+    if inputs.clip_model is not None:
+        require_clip_model(inputs.clip_model)
+    if inputs.dino_model is not None:
+        require_dino_model(inputs.dino_model)
+    weights = inputs.lpips_weights
+    if weights is not None and not is_random_backbone(weights) and not weights.is_file():
+        raise SettingsError("--lpips-weights", str(weights), "name a readable file (there is none)")
 
 
 def lpips_digest(weights: Path) -> str:

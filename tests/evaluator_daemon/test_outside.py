@@ -240,8 +240,8 @@ def test_finalists_are_rendered_anew_on_seeds_the_study_never_used_and_a_killed_
     capsys.readouterr()
     finalists = trials.study.evaluations("finalists")
     plan = read_model(finalists.plan, LabelledPlan).plan
-    used = {trials.plan.sample(i)[1] for i in range(trials.plan.num_samples)}
-    fresh = {plan.sample(i)[1] for i in range(plan.num_samples)}
+    used = {trials.plan.sample(i).seed for i in range(trials.plan.num_samples)}
+    fresh = {plan.sample(i).seed for i in range(plan.num_samples)}
     assert plan.num_samples == 6
     assert not used & fresh
     assert {sample.seed for sample in trials.metrics("finalists", "lora_trial_1").samples} == fresh

@@ -319,12 +319,12 @@ PLUGINS = [
     Case(
         "metric: likeness without a DINOv2 there",
         ("--dino-model", "it holds config.json"),
-        flags("--metrics", "pixels,dino_likeness", "--dino-model", "nowhere"),
+        flags("--metrics", "pixels,clip_consistency,dino_likeness", "--dino-model", "nowhere"),
     ),
     Case(
         "metric: a CLIP for a DINOv2",
         ("--dino-model", "model_type 'clip'"),
-        flags("--metrics", "pixels,dino_likeness", "--dino-model", CLIP_MODEL),
+        flags("--metrics", "pixels,clip_consistency,dino_likeness", "--dino-model", CLIP_MODEL),
     ),
     Case(
         "metric: LPIPS without its file",
@@ -337,8 +337,8 @@ PLUGINS = [
         flags("--scoring", "best"),
     ),
     Case(
-        "scoring: what it needs is missing",
-        ("--scoring: 'recommended'", "add --clip-model FOLDER"),
+        "scoring: too few pictures to hold any out",
+        ("2 different pictures", "only taken out of 20 or more"),
         flags("--scoring", "recommended"),
     ),
     Case(
@@ -348,7 +348,7 @@ PLUGINS = [
             "own.toml",
             'name = "own"\nobjective = "own_score"\n[terms.a]\nmetric = "contrast"\nkind = "mean"\nweight = 1\n',
             "--scoring",
-            "own.toml",
+            "{}",
         ),
     ),
     Case("trainer: unknown", ("no trainer named 'kohia'; choose one of native",), flags("--trainer", "kohia")),
