@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from optimizer_daemon.lora_training.captions import drawn_caption
 from optimizer_daemon.lora_training.dataset import Batch, TrainingData, load_data
@@ -395,3 +396,19 @@ def test_the_digest_is_that_of_what_decides_the_batches(tmp_path: Path):
 def test_tags_are_counted_by_folder(tmp_path: Path):
     data = data_of(write_dataset(tmp_path, {"a": "Red, soft light", "b": "red,, soft Light"}))
     assert data.tag_frequency() == {"images": {"red": 2, "soft light": 2}}
+
+
+def test_held_out_contents_are_left_out_and_leaving_out_all_is_refused(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(3):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / f"{i}.png")
+    toml = tmp_path / "d.toml"
+    toml.write_text('[[datasets]]\nresolution = 8\n[[datasets.subsets]]\nimage_dir = "pictures"\nclass_tokens = "a"\n')
+    everything = load_data(toml, batch_size=1, multiple_of=8)
+    digests = [image.sha256 for image in everything.images]
+    some = load_data(toml, batch_size=1, multiple_of=8, held_out=[digests[1]])
+    assert [image.path.name for image in some.images] == ["0.png", "2.png"]
+    assert some.digest() != everything.digest()
+    with pytest.raises(UserError, match="held_out leaves no picture"):
+        load_data(toml, batch_size=1, multiple_of=8, held_out=digests)
