@@ -7,15 +7,16 @@ import multiprocessing
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
+from pathlib import Path
 from typing import Literal
 
 from evaluator_daemon.job import Job
-from evaluator_daemon.process import DEFERRED, PRELOADED, run_evaluator_process, wake_on_news
+from evaluator_daemon.process import DEFERRED, PRELOADED, run_evaluator_process, run_label_process, wake_on_news
 from evaluator_daemon.restarts import BREAKER_S, Restarts
 from evaluator_daemon.sweep import SETTLED, TrialView
 from shared.failpoints import reach
@@ -80,15 +81,24 @@ class Evaluators:
         """The trials that have one."""
         return frozenset(self._running)
 
+    @property
+    def labels(self) -> frozenset[str]:
+        """Those that evaluate outside the trials."""
+        return frozenset(name for name in self._running if "/" in name)
+
     def start(self, name: str, job: Job) -> None:
         """Start a trial's evaluator."""
-        ours, theirs = self._context.Pipe(duplex=False)
         last_exit = self.restarts.of(name).last_exit
-        process = self._context.Process(
-            target=run_evaluator_process,
-            name=f"evaluator {name}",
-            args=(job, self._study.root / name, not self._once, last_exit, theirs),
-        )
+        self._start(name, run_evaluator_process, job, self._study.root / name, not self._once, last_exit)
+
+    def start_label(self, label: str, job: Job, files: Mapping[str, Path | None]) -> None:
+        """Start an evaluator of files outside the trials; None among them is the base model alone."""
+        name = f"evaluations/{label}"
+        self._start(name, run_label_process, job, label, dict(files), self.restarts.of(name).last_exit)
+
+    def _start(self, name: str, target: Callable[..., None], *arguments: object) -> None:
+        ours, theirs = self._context.Pipe(duplex=False)
+        process = self._context.Process(target=target, name=f"evaluator {name}", args=(*arguments, theirs))
         process.start()
         theirs.close()
         reach("manager.evaluator_started")
@@ -201,7 +211,12 @@ def _active(name: str, running: RunningEvaluator, trial: TrialView | None) -> Ac
     in_hand = next((r.checkpoint for r in (trial.records if trial else ()) if r.status == "evaluating"), None)
     assert running.process.pid is not None
     activity: Literal["evaluating", "waiting", "deferred"]
-    activity = "evaluating" if in_hand else "deferred" if running.deferred else "waiting"
+    at_work = in_hand is not None or "/" in name  # one outside the trials ends with its work
+    activity = "deferred" if running.deferred and not in_hand else "evaluating" if at_work else "waiting"
     return ActiveEvaluator(
-        trial_name=name, pid=running.process.pid, started=running.started, activity=activity, checkpoint=in_hand
+        trial_name=name.rpartition("/")[2],
+        pid=running.process.pid,
+        started=running.started,
+        activity=activity,
+        checkpoint=in_hand,
     )

@@ -48,24 +48,13 @@ def lift(study: StudyLayout, command: Retry, *, lock_timeout_s: float = 0.0) -> 
     return _result(command.trial_name, chosen)
 
 
-def refusal_of(command: Request) -> str:
-    """Say why a command other than retry is not carried out."""
-    kind = type(command).__name__.lower()
-    return (
-        f"{kind}: files outside the trial folders cannot be evaluated by request; `evaluator-daemon evaluate FILE` "
-        "does it itself, beside a running manager too"
-    )
-
-
 def carry_out_without_manager(folder: RequestFolder, request: PendingRequest) -> None:
     """Do a request's work under the manager's lock.
 
     Raises:
         LabError: the trial's records cannot be read or written now.
     """
-    if not isinstance(request.command, Retry):
-        folder.refuse(request, refusal_of(request.command))
-        return
+    assert isinstance(request.command, Retry)
     try:
         result = lift(folder.study, request.command, lock_timeout_s=LOCK_TIMEOUT_S)
     except UserError as error:

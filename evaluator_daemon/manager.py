@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from evaluator_daemon.children import Ended, Evaluators
-from evaluator_daemon.commands import lift, refusal_of
+from evaluator_daemon.commands import lift
+from evaluator_daemon.errands import Errands
 from evaluator_daemon.gpu_policy import policy_of
 from evaluator_daemon.home import Home
 from evaluator_daemon.job import Job, adopt_run, find_job, read_run, study_folder
@@ -40,7 +41,7 @@ from shared.locks import FileLock
 from shared.logs import log_change, set_up_logs, tear_down_logs
 from shared.requests import RequestFolder
 from shared.safetensors_file import read_header
-from shared.schemas import EvaluatorManagerState, Retry
+from shared.schemas import Evaluate, EvaluatorManagerState, Retry
 from shared.service import Service
 from shared.settings import LoadedSettings
 
@@ -136,6 +137,7 @@ class Manager:
         self._saw_optimizer = False
         self._said_waiting = False
         self._evaluators = Evaluators(study, service.wake, once=once)
+        self._errands = Errands(study, self._requests, once=once)
         self._watches.keep(self._folders())
         self._forget_study()
 
@@ -162,16 +164,19 @@ class Manager:
     def _tick(self) -> None:
         if self._watches.check() and self._lookout is not None:
             self._lookout.demand_full_sweep()
+        has_plan = self._find_job()
         self._serve_requests()
-        if not self._find_job():
+        if not has_plan:
             return
         ended = self._evaluators.ended()
         trials = self._look()
-        self._settle(self._evaluators.reap(ended))
+        reaped = self._evaluators.reap(ended)
+        self._errands.settle(reaped)
+        self._settle(reaped)
         self._watch(trials)
         self._start_and_stop(trials)
         self._write_state(trials, "running")
-        if not self._evaluators.names and self._is_done(trials):
+        if not self._evaluators.names and not self._errands and self._is_done(trials):
             self._service.stop()
 
     def close(self) -> None:
@@ -220,10 +225,14 @@ class Manager:
 
     def _serve_requests(self) -> None:
         """Carry out what people ask for; what an evaluator in our way has to make room for first stays pending."""
-        for request in self._requests.pending():
-            if not isinstance(request.command, Retry):
-                self._requests.refuse(request, refusal_of(request.command))
+        pending = self._requests.pending()
+        self._errands.keep(pending)
+        for request in pending:
+            if isinstance(request.command, Evaluate):
+                if self._job is not None:  # without a plan it stays pending
+                    self._errands.take(request, request.command, self._job)
                 continue
+            assert isinstance(request.command, Retry)
             name = request.command.trial_name
             try:
                 result = lift(self._study, request.command)
@@ -284,17 +293,21 @@ class Manager:
         log_change(_log, "trial folder gone or replaced", level=logging.WARNING, trial=name)
 
     def _start_and_stop(self, trials: list[TrialView]) -> None:
+        """Have the most urgent trials evaluated; while somebody asks for other files, these have one of the places."""
         assert self._job is not None
+        places = self._max_evaluators - bool(self._errands)
         wanted = [
             trial
             for trial in wanted_trials(trials, self._job.idle_timeout_s, once=self._once)
             if self._evaluators.may_start(trial.name)
-        ][: self._max_evaluators]
+        ][:places]
         names = {trial.name for trial in wanted}
         for trial in trials:
-            crowded_out = trial.name not in names and len(wanted) == self._max_evaluators
+            crowded_out = trial.name not in names and len(wanted) == places
             if crowded_out and not open_files(trial):
                 self._evaluators.terminate(trial.name)
+        if len(self._evaluators.names) < self._max_evaluators and not self._service.stopping:
+            self._errands.start(self._evaluators)
         for trial in wanted:
             running = self._evaluators.names
             has_room = trial.name not in running and len(running) < self._max_evaluators
@@ -329,7 +342,7 @@ class Manager:
     def _settle(self, ended: Sequence[Ended]) -> None:
         """With --once: a crash is a strike, so it is tried again; anything else ends the run with the same code."""
         for evaluator in ended:
-            if not self._once or evaluator.code == 0 or evaluator.handled:
+            if not self._once or evaluator.code == 0 or evaluator.handled or "/" in evaluator.name:
                 continue
             history = self._evaluators.restarts.of(evaluator.name)
             if evaluator.code < 0 and history.failures < 4:

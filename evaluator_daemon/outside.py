@@ -23,7 +23,7 @@ from shared.files import write_model
 from shared.layout import LabelLayout, StudyLayout
 from shared.locks import FileLock
 from shared.logs import log_change
-from shared.schemas import Attempt, CheckpointRecord, LabelledPlan, Metrics
+from shared.schemas import Attempt, CheckpointRecord, EvaluationState, LabelledPlan, Metrics
 from shared.service import Service
 
 _log = logging.getLogger(__name__)
@@ -45,12 +45,15 @@ class Outcome:
     metrics: Metrics | None
 
 
-def evaluate_outside(job: Job, label: str, files: Mapping[str, Path | None]) -> list[Outcome]:
+def evaluate_outside(
+    job: Job, label: str, files: Mapping[str, Path | None], *, previous_crash: str | None = None
+) -> list[Outcome]:
     """Evaluate what is not recorded yet, and return what is known of each.
 
     Args:
         label: the folder below evaluations/.
         files: checkpoint name -> weight file; None for the base model alone, whose name is "base".
+        previous_crash: how the label's previous evaluator ended by its own fault; None when it did not, or unknown.
     Raises:
         AlreadyRunningError: somebody else evaluates under this label.
         StudyMismatchError: the label's results were made with another plan.
@@ -71,7 +74,7 @@ def evaluate_outside(job: Job, label: str, files: Mapping[str, Path | None]) -> 
         service = Service()
         weights = {name: path for name, path in files.items() if path is not None}
         evaluator = Evaluator(job, LabelPlace(layout, weights), service, lambda: None)
-        evaluator.close_unfinished(None)
+        evaluator.close_unfinished(previous_crash)
 
         def tick() -> None:
             if len(weights) < len(files):
@@ -79,7 +82,7 @@ def evaluate_outside(job: Job, label: str, files: Mapping[str, Path | None]) -> 
             evaluator.tick(watch=False)
 
         service.run(tick, job.check_interval_s)
-        return [_outcome(evaluator, layout, name) for name in files]
+        return [outcome_of(layout, name) for name in files]
     finally:
         lock.release()
 
@@ -134,11 +137,13 @@ def _record_base(evaluator: Evaluator, layout: LabelLayout) -> None:
     log_change(_log, "base model recorded", label=layout.folder.name)
 
 
-def _outcome(evaluator: Evaluator, layout: LabelLayout, name: str) -> Outcome:
-    record = next((record for record in evaluator.memory.records if record.checkpoint == name), None)
-    if name in evaluator.waiting or record is None:
-        code = evaluator.waiting.get(name, "vanished")
-        return Outcome(name, code, "it is not whole, or still being written; try again when it is", None)
+def outcome_of(layout: LabelLayout, name: str) -> Outcome:
+    """Return what is recorded of a checkpoint under a label."""
+    state = read_or_none(layout.state, EvaluationState)
+    records = state.checkpoints if state is not None else ()
+    record = next((record for record in records if record.checkpoint == name), None)
+    if record is None:
+        return Outcome(name, "waiting", "it is not whole, or still being written; try again when it is", None)
     if record.status == "recorded":
         return Outcome(name, record.status, None, read_or_none(layout.checkpoint(name).metrics, Metrics))
     reason = record.quarantine.reason if record.quarantine else "; ".join(a.reason or "" for a in record.attempts[-1:])

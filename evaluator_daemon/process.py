@@ -9,19 +9,19 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from evaluator_daemon.job import Job
 from shared.commands import run_command
 from shared.errors import ContractError, LabError, ResourceError, UserError
-from shared.layout import TrialLayout
+from shared.layout import StudyLayout, TrialLayout
 from shared.logs import log_change, set_up_logs
 
 PRELOADED = (
-    "evaluator_daemon.evaluator",
+    "evaluator_daemon.outside",
     "evaluator_daemon.renderers.diffusion",
     "evaluator_daemon.metrics.clip_consistency",
 )
@@ -37,25 +37,48 @@ _log = logging.getLogger(__name__)
 
 
 def run_evaluator_process(job: Job, trial: Path, watch: bool, previous_exit: int | None, messages: Connection) -> None:
-    """What an evaluator process does after the fork; exits with the codes of `shared.errors`."""
+    """What a trial's evaluator process does after the fork; exits with the codes of `shared.errors`."""
+
+    def work() -> None:
+        # by name: the manager must not import what only its children need
+        evaluator: Any = importlib.import_module("evaluator_daemon.evaluator")
+        evaluator.evaluate_trial(
+            job,
+            trial,
+            watch=watch,
+            previous_crash=crash_text(previous_exit),
+            changed_state=lambda: messages.send_bytes(NEWS),
+            deferred=lambda: messages.send_bytes(DEFERRED),
+        )
+
+    _run_child(work, TrialLayout(trial).evaluation_log)
+
+
+def run_label_process(
+    job: Job, label: str, files: Mapping[str, Path | None], previous_exit: int | None, messages: Connection
+) -> None:
+    """What an evaluator of files outside the trials does after the fork; exits with the codes of `shared.errors`."""
+    layout = StudyLayout(job.root).evaluations(label)
+    layout.folder.mkdir(parents=True, exist_ok=True)
+
+    def work() -> None:
+        outside: Any = importlib.import_module("evaluator_daemon.outside")
+        outside.evaluate_outside(job, label, files, previous_crash=crash_text(previous_exit))
+        messages.send_bytes(NEWS)
+
+    _run_child(work, layout.log)
+
+
+def _run_child(work: Callable[[], None], log: Path) -> NoReturn:
     for name in _SERVICE_VARIABLES:
         os.environ.pop(name, None)
     os.setsid()  # a terminal's Ctrl-C reaches the manager alone, which passes it on
     threading.Thread(target=_die_with_manager, daemon=True).start()
-    set_up_logs(TrialLayout(trial).evaluation_log, to_stderr=False)
-    # by name: the manager must not import what only its children need
-    evaluator: Any = importlib.import_module("evaluator_daemon.evaluator")
+    set_up_logs(log, to_stderr=False)
 
     def command() -> int:
         try:
-            evaluator.evaluate_trial(
-                job,
-                trial,
-                watch=watch,
-                previous_crash=crash_text(previous_exit),
-                changed_state=lambda: messages.send_bytes(NEWS),
-                deferred=lambda: messages.send_bytes(DEFERRED),
-            )
+            work()
         except LabError as error:
             log_change(_log, "ended", level=logging.WARNING, reason=error)
             raise

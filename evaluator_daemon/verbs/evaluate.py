@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from shared.verbs import Run
 if TYPE_CHECKING:
     from evaluator_daemon.job import Job
     from evaluator_daemon.outside import Outcome
+    from shared.layout import StudyLayout
 
 
 def declare(parser: argparse.ArgumentParser) -> Run:
@@ -136,7 +139,44 @@ def _evaluate_outside(arguments: argparse.Namespace) -> int:
 
 
 def evaluate_label(job: Job, label: str, files: dict[str, Path | None]) -> list[Outcome]:
-    """Evaluate under a label in this process, with the label's log."""
+    """Have files evaluated under a label: by the manager where one lives, which has everything loaded, else here."""
+    from shared.layout import StudyLayout
+    from shared.locks import FileLock
+
+    study = StudyLayout(job.root)
+    # without run.json the manager has a plan of its own, or none
+    if study.run.exists() and FileLock.is_held(study.manager_lock):
+        return [_ask_manager(job, study, label, name, file) for name, file in files.items()]
+    return _evaluate_here(job, label, files)
+
+
+def _ask_manager(job: Job, study: StudyLayout, label: str, name: str, file: Path | None) -> Outcome:
+    from evaluator_daemon.outside import Outcome, outcome_of
+    from shared.requests import PendingRequest, RequestFolder
+    from shared.schemas import Evaluate
+
+    folder = RequestFolder(study, "evaluator")
+
+    def carry_out(request: PendingRequest) -> None:  # the manager has gone meanwhile
+        _evaluate_here(job, label, {name: file})
+        folder.accept(request)
+
+    command = Evaluate(
+        kind="evaluate",
+        file=None if file is None else str(file),
+        label=label,
+        plan=job.plan,
+        asked_by="evaluator-daemon evaluate",
+    )
+    print(f"the evaluator manager evaluates {name} ...", file=sys.stderr)
+    answer = folder.ask(command, study.manager_lock, carry_out, timeout_s=math.inf)
+    outcome = outcome_of(study.evaluations(label), name)
+    if answer.ok or outcome.status not in ("recorded", "waiting"):
+        return outcome
+    return Outcome(name, "refused", answer.error, None)
+
+
+def _evaluate_here(job: Job, label: str, files: dict[str, Path | None]) -> list[Outcome]:
     from shared.layout import StudyLayout
     from shared.logs import set_up_logs, tear_down_logs
 
