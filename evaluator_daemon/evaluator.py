@@ -408,7 +408,7 @@ class Evaluator:
             brightness=metrics.metrics["brightness"].value,
             contrast=metrics.metrics["contrast"].value,
             saturation=metrics.metrics["saturation"].value,
-            score=metrics.scores["combined_score"].value,
+            score=metrics.scores[self.job.plan.scoring.objective].value,
             feasible=metrics.gate.feasible,
             seconds=metrics.seconds.total,
         )

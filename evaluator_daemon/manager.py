@@ -274,6 +274,7 @@ class Manager:
     def _plan(self, job: Job) -> None:
         """Go by a plan from now on."""
         self._lookout = Lookout(self._study, job.plan.digest(), job.idle_timeout_s, full_sweep_s=self._full_sweep_s)
+        self._news.objective = job.plan.scoring.objective
         log_change(_log, "plan", samples=job.plan.num_samples, device=job.device, dtype=job.plan.dtype)
 
     def _look(self) -> list[TrialView]:

@@ -23,6 +23,7 @@ class News:
 
     def __init__(self, study: StudyLayout) -> None:
         self._study = study
+        self.objective = "combined_score"  # the score to tell; the plan's, once there is one
         # Eight bytes a verdict: thousands of finished trials are remembered.
         self._said: dict[str, array[int]] = {}
 
@@ -37,9 +38,8 @@ class News:
         evaluations = TrialLayout(self._study.root / trial.name).evaluations
         for record in (record for verdict, record in news.items() if verdict not in told):
             if record.status == "recorded":
-                _say_recorded(
-                    trial.name, record, read_or_none(evaluations.checkpoint(record.checkpoint).metrics, Metrics)
-                )
+                metrics = read_or_none(evaluations.checkpoint(record.checkpoint).metrics, Metrics)
+                _say_recorded(trial.name, record, metrics, self.objective)
             else:
                 why = record.quarantine.reason if record.quarantine else "its writer has gone"
                 fields = {"trial": trial.name, "checkpoint": record.checkpoint, "reason": why}
@@ -54,7 +54,7 @@ def _verdict(record: CheckpointRecord) -> int:
     return hash((record.checkpoint, record.checkpoint_sha256, record.status))
 
 
-def _say_recorded(trial: str, record: CheckpointRecord, metrics: Metrics | None) -> None:
+def _say_recorded(trial: str, record: CheckpointRecord, metrics: Metrics | None, objective: str) -> None:
     if metrics is None:
         log_change(_log, "checkpoint recorded", trial=trial, checkpoint=record.checkpoint)
         return
@@ -67,7 +67,7 @@ def _say_recorded(trial: str, record: CheckpointRecord, metrics: Metrics | None)
         brightness=metrics.metrics["brightness"].value,
         contrast=metrics.metrics["contrast"].value,
         saturation=metrics.metrics["saturation"].value,
-        score=metrics.scores["combined_score"].value,
+        score=metrics.scores[objective].value,
         feasible=metrics.gate.feasible,
         seconds=metrics.seconds.total,
     )

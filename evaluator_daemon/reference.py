@@ -105,7 +105,12 @@ def _make(
     )
     write_pictures(layout, rendering.pictures, descriptions(job, None))
     write_model(layout.metrics, metrics)
-    log_change(_log, "base model rendered", score=metrics.scores["combined_score"].value, seconds=metrics.seconds.total)
+    log_change(
+        _log,
+        "base model rendered",
+        score=metrics.scores[job.plan.scoring.objective].value,
+        seconds=metrics.seconds.total,
+    )
     return Reference(rendering.pictures, metrics)
 
 

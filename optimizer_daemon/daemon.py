@@ -316,7 +316,8 @@ class OptimizerDaemon:
     def _complete(self, live: LiveTrial) -> None:
         final = live.scores.final
         assert final is not None, "a scored trial has a final score"
-        publish_final(live.layout, final)
+        assert self._run.plan is not None
+        publish_final(live.layout, final, self._run.plan.scoring)
         reach("optimizer.published")
         live.write_state(
             state="complete",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Final
@@ -11,49 +10,28 @@ from optimizer_daemon.scores import FinalScore
 from shared.errors import DiskError, UnreadableFileError
 from shared.files import read_model, write_bytes, write_model, write_text
 from shared.layout import StudyLayout, TrialLayout
-from shared.schemas import AllTrials, BestParameters, Metrics, TrialParams, TrialResult, TrialState
+from shared.schemas import AllTrials, BestParameters, Metrics, ScoringPreset, TrialParams, TrialResult, TrialState
+from shared.scoring_presets import Band, goals_of
 
 DIRECTION: Final = "minimise"
 
 
-@dataclass(frozen=True)
-class Goal:
-    """A band one figure of a style should reach.
-
-    Args:
-        figure: as people call it.
-        metric: its metric.
-        of_spread: the band is about the standard deviation over the images, not the mean.
-        low: lower end, included.
-        high: upper end, included.
-    """
-
-    figure: str
-    metric: str
-    of_spread: bool
-    low: float
-    high: float
-
-    def verdict(self, metrics: Metrics) -> str:
-        """Return one line: reached, or missed by how much."""
-        metric = metrics.metrics.get(self.metric)
-        value = None if metric is None else metric.std if self.of_spread else metric.value
-        band = f"{self.low:.2f}-{self.high:.2f}"
-        if value is None:
-            return f"{self.figure:16} unknown   (goal {band})"
-        miss = max(self.low - value, value - self.high, 0.0)
-        return f"{self.figure:16} {value:.4f}    (goal {band}: {f'missed by {miss:.4f}' if miss else 'reached'})"
+def goal_lines(metrics: Metrics, scoring: ScoringPreset) -> list[str]:
+    """Return one line for each goal of the study's scoring: reached, or missed by how much."""
+    return [_verdict(figure, band, metrics) for figure, band in goals_of(scoring).items()]
 
 
-GOALS = (
-    Goal("brightness", "brightness", of_spread=False, low=0.45, high=0.55),
-    Goal("contrast", "contrast", of_spread=False, low=0.18, high=0.22),
-    Goal("brightness_std", "brightness", of_spread=True, low=0.0, high=0.05),
-    Goal("contrast_std", "contrast", of_spread=True, low=0.0, high=0.02),
-)
+def _verdict(figure: str, band: Band, metrics: Metrics) -> str:
+    metric = metrics.metrics.get(figure.removesuffix("_std"))
+    value = None if metric is None else metric.std if figure.endswith("_std") else metric.value
+    goal = f"{band.low:.2f}-{band.high:.2f}"
+    if value is None:
+        return f"{figure:16} unknown   (goal {goal})"
+    miss = max(band.low - value, value - band.high, 0.0)
+    return f"{figure:16} {value:.4f}    (goal {goal}: {f'missed by {miss:.4f}' if miss else 'reached'})"
 
 
-def publish_final(trial: TrialLayout, final: FinalScore) -> None:
+def publish_final(trial: TrialLayout, final: FinalScore, scoring: ScoringPreset) -> None:
     """Copy the deciding evaluation to the trial's evaluation/ and say in words what it means."""
     target = trial.final_evaluation
     _make(target.folder)
@@ -61,12 +39,12 @@ def publish_final(trial: TrialLayout, final: FinalScore) -> None:
         write_bytes(target.folder / Path(sample.file).name, (final.render.folder / Path(sample.file).name).read_bytes())
     if final.render.grid.exists():
         write_bytes(target.grid, final.render.grid.read_bytes())
-    write_text(target.text_summary, summary_text(final.metrics))
+    write_text(target.text_summary, summary_text(final.metrics, scoring))
     # Last: whoever finds it finds the rest too.
     write_bytes(target.metrics, final.render.metrics.read_bytes())
 
 
-def summary_text(metrics: Metrics) -> str:
+def summary_text(metrics: Metrics, scoring: ScoringPreset) -> str:
     """Return EVALUATION_SUMMARY.txt: scores, goals, gate, prompts."""
     epoch = "unknown" if metrics.epoch is None else metrics.epoch
     lines = [f"{metrics.trial_name}  {metrics.checkpoint}  epoch {epoch}", f"evaluated {metrics.evaluation_time}", ""]
@@ -76,7 +54,7 @@ def summary_text(metrics: Metrics) -> str:
         value = "not computed" if score.value is None else f"{score.value:.4f}"
         lacking = f"; without {', '.join(score.left_out)}" if score.left_out else ""
         lines.append(f"  {name:20} {value}  ({better} is better{lacking})")
-    lines += ["", "Goals", *(f"  {goal.verdict(metrics)}" for goal in GOALS)]
+    lines += ["", "Goals", *(f"  {line}" for line in goal_lines(metrics, scoring))]
     lines += ["", f"Gate: {'passed' if metrics.gate.feasible else 'FAILED, this checkpoint cannot win'}"]
     for name, check in sorted(metrics.gate.checks.items()):
         verdict = {True: "passed", False: "failed", None: "not checked"}[check.passed]
