@@ -148,7 +148,7 @@ def test_a_failed_gate_keeps_the_value_and_is_told_in_words(trial, run, monkeypa
     record(trial, run, save(trial, None, 0.2))
     final = read(trial, run).final
     assert (final.value, final.infeasible_because) == (0.2, "image 0 is black")
-    text = summary_text(final.metrics)
+    text = summary_text(final.metrics, run.plan.scoring)
     assert "Gate: FAILED" in text
     assert "sentinels            failed: image 0 is black" in text
     assert "combined_score       0.2000  (lower is better)" in text
