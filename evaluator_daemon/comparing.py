@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, pstdev
 from typing import Literal
 
 import numpy as np
 
-from evaluator_daemon.measuring import scores_of
-from evaluator_daemon.scoring import Interval
+from evaluator_daemon.measuring import scores_from_values, values_of
+from evaluator_daemon.scoring import PAIRWISE, Interval, mean_over
 from evaluator_daemon.statistics import Ranking, difference, pseudo_values, rank
-from shared.schemas import BestCheckpoint, EvaluationPlan, Metric, Metrics
+from shared.schemas import BestCheckpoint, EvaluationPlan, Metrics
+from shared.scoring_presets import terms_of
 
 Direction = Literal["minimise", "maximise", "target"]
 Verdict = Literal["better", "worse", "differs", "cannot be told", "no interval"]
+
+FEWEST_OF_PAIRS = 3
+"""Pictures from which leaving one out changes a mean over pairs."""
 
 
 @dataclass(frozen=True)
@@ -134,28 +137,30 @@ def best_of(
 
 
 def score_values(metrics: Metrics, plan: EvaluationPlan) -> dict[str, tuple[float, ...]]:
-    """Each score's pseudo-value per picture; scores that are null are left out, and all of a single picture.
+    """Each score's pseudo-value per picture; scores that are null or too few pictures tell about are left out.
 
-    A quantity of the whole set that has no value per picture enters as it is: its own uncertainty is not in them.
+    Scores are made of quantities with a value for every picture, so that each can be had without one of them.
     """
     count = len(metrics.samples)
     if count < 2:
         return {}
-    whole = metrics.metrics
+    values = values_of(metrics.metrics)
     kept: dict[tuple[int, ...], dict[str, float]] = {}
 
     def scores_without(indices: Sequence[int]) -> dict[str, float]:
         chosen = tuple(indices)
         if chosen not in kept:
-            part = {name: _part(metric, chosen) for name, metric in whole.items()}
-            scores = scores_of(part, plan)
+            scores = scores_from_values(values, plan.scoring, chosen)
             kept[chosen] = {name: score.value for name, score in scores.items() if score.value is not None}
         return kept[chosen]
 
-    everything = scores_without(range(count))
+    names = list(scores_without(range(count)))
+    in_pairs = PAIRWISE & values.keys() & {term.metric for term in terms_of(plan.scoring).values()}
+    if in_pairs and count < FEWEST_OF_PAIRS and plan.scoring.objective in names:
+        names.remove(plan.scoring.objective)
     return {
         name: pseudo_values(lambda indices, name=name: scores_without(indices)[name], count)  # type: ignore[misc]
-        for name in everything
+        for name in names
     }
 
 
@@ -187,17 +192,6 @@ def differences_text(fields: Mapping[str, tuple[object, object]]) -> str:
     return ", ".join(f"{name} is {first!r} there and {second!r} here" for name, (first, second) in fields.items())
 
 
-def _part(metric: Metric, indices: Sequence[int]) -> Metric:
-    """The metric as it would be of some of the pictures."""
-    if metric.per_image is None or metric.status != "ok":
-        return metric
-    per_image = tuple(metric.per_image[i] for i in indices)
-    values = [value for value in per_image if value is not None]
-    if not values:
-        return metric
-    return metric.model_copy(update={"per_image": per_image, "value": fmean(values), "std": pstdev(values)})
-
-
 def _score_rows(
     sides: Mapping[str, Metrics], tables: Mapping[str, Mapping[str, Sequence[float]]], reference: str
 ) -> list[Row]:
@@ -216,15 +210,28 @@ def _metric_rows(sides: Mapping[str, Metrics], reference: str) -> list[Row]:
     for name, metric in sides[reference].metrics.items():
         found = {side: metrics.metrics.get(name) for side, metrics in sides.items()}
         figures = {side: other.value if other else None for side, other in found.items()}
-        values = {side: _whole(other.per_image) if other and other.per_image else None for side, other in found.items()}
+        values = {
+            side: _independent(name, other.per_image) if other and other.per_image else None
+            for side, other in found.items()
+        }
         rows.append(_row(name, "metric", metric.direction, figures, values, reference))
     return rows
 
 
-def _whole(values: Sequence[float | None]) -> list[float] | None:
-    """The values, where every picture has one."""
+def _independent(name: str, values: Sequence[float | None]) -> Sequence[float] | None:
+    """One value per picture whose spread tells the mean's error; None where some picture has none.
+
+    A picture's mean distance to all the others shares each pair with another picture: their plain spread is about half
+    of what the mean over pairs has, so the jackknife's values stand in for them.
+    """
     known = [value for value in values if value is not None]
-    return known if len(known) == len(values) else None
+    if len(known) < len(values):
+        return None
+    if name not in PAIRWISE:
+        return known
+    if len(known) < FEWEST_OF_PAIRS:
+        return None
+    return pseudo_values(lambda indices: mean_over(known, indices, pairwise=True), len(known))
 
 
 def _row(

@@ -5,13 +5,16 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from statistics import fmean
 
+import numpy as np
 import pytest
+from scipy.special import stdtrit
 
 from evaluator_daemon.comparing import best_of, compare, fields_that_differ, score_values
-from evaluator_daemon.measuring import scores_of
+from evaluator_daemon.measuring import scores_from_values, scores_of, values_of
 from evaluator_daemon.metrics.base import measured
 from evaluator_daemon.operands import fresh_plan
 from shared.schemas import EvaluationPlan, Gate, GateCheck, Metric, Metrics, PhaseSeconds, Sample, ScoringPreset
+from shared.scoring_presets import frozen_preset, load_preset
 
 PLAN = EvaluationPlan(
     prompts=("a", "b", "c"), negative_prompt="", num_samples=8, base_seed=42, width=64, height=64, steps=2,
@@ -25,7 +28,7 @@ FAILED = Gate(feasible=False, checks={"sentinels": GateCheck(passed=False, reaso
 
 def of(name: str, brightness: float, *, gate: Gate = PASSED, noise: int = 0, pictures: int = 8) -> Metrics:
     """Eight pictures around a brightness; `noise` shifts whose residual is whose."""
-    shifted = [WAVE[(i + noise) % 8] * 0.4 + WAVE[i] for i in range(pictures)]
+    shifted = [WAVE[(i + noise) % 8] * 0.4 + WAVE[i % 8] for i in range(pictures)]
     figures = {
         "brightness": measured([brightness + wave for wave in shifted], "target"),
         "contrast": measured([0.25 + wave / 2 for wave in shifted], "target"),
@@ -105,3 +108,59 @@ def test_fresh_seeds_are_none_of_the_plans(pictures):
     assert not seeds[0] & seeds[1]
     assert fresh.num_samples == 16
     assert fresh_plan(plan, 16) == fresh
+
+
+LPIPS_PLAN = PLAN.model_copy(update={"scoring": frozen_preset(load_preset("lpips_clip"))})
+
+
+def mean_distances(points: np.ndarray) -> np.ndarray:
+    """(n,) each point's mean distance to all the others."""
+    distances = np.linalg.norm(points[:, None] - points[None], axis=2)
+    return distances.sum(axis=1) / (len(points) - 1)
+
+
+def spread_out(seed: int, pictures: int = 12) -> tuple[Metrics, np.ndarray]:
+    """Figures whose lpips_diversity comes from features, with these."""
+    points = np.random.default_rng(seed).normal(0.3, 0.1, (pictures, 3))
+    metrics = of(f"of {seed}", 0.7, noise=seed, pictures=pictures)
+    figures = {**metrics.metrics, "lpips_diversity": measured(mean_distances(points).tolist(), "target")}
+    figures["clip_consistency"] = measured([0.30 + wave for wave in np.resize(WAVE, pictures)], "maximise")
+    changes = {"metrics": figures, "scores": scores_of(figures, LPIPS_PLAN), "plan_hash": LPIPS_PLAN.digest()}
+    return metrics.model_copy(update=changes), points
+
+
+def without_each(metrics: Metrics, points: np.ndarray) -> list[float]:
+    """The score as it is when a picture was never there: all its distances are gone from the others too."""
+    found = []
+    for left in range(len(points)):
+        values = {name: np.delete(v, left).tolist() for name, v in values_of(metrics.metrics).items()}
+        values["lpips_diversity"] = mean_distances(np.delete(points, left, axis=0)).tolist()
+        score = scores_from_values(values, LPIPS_PLAN.scoring)["lpips_clip_score"].value
+        assert score is not None
+        found.append(score)
+    return found
+
+
+def test_a_score_of_distances_between_pictures_is_as_uncertain_as_leaving_each_out_says():
+    metrics, points = spread_out(1)
+    n, score = len(points), metrics.scores["lpips_clip_score"].value
+    expected = [n * score - (n - 1) * without for without in without_each(metrics, points)]
+    assert score_values(metrics, LPIPS_PLAN)["lpips_clip_score"] == pytest.approx(expected)
+
+
+def test_the_interval_of_a_mean_over_pairs_is_about_twice_that_of_its_values():
+    (one, points), (other, others) = spread_out(1), spread_out(2)
+    row = next(row for row in compare({"a": one, "b": other}, LPIPS_PLAN).rows if row.name == "lpips_diversity")
+    n, leave_out = len(points), []
+    for left in range(n):
+        leave_out.append(fmean(mean_distances(np.delete(points, left, 0)) - mean_distances(np.delete(others, left, 0))))
+    error = np.sqrt((n - 1) / n * np.sum((np.array(leave_out) - fmean(leave_out)) ** 2))
+    interval = row.differences[0].interval
+    assert interval.mean == pytest.approx(fmean(mean_distances(points) - mean_distances(others)))
+    assert (interval.high - interval.low) / 2 == pytest.approx(float(stdtrit(n - 1, 0.975) * error))
+
+
+def test_a_single_pair_of_pictures_tells_no_error():
+    one, other = spread_out(1, pictures=2)[0], spread_out(2, pictures=2)[0]
+    rows = {row.name: row.differences[0].verdict for row in compare({"a": one, "b": other}, LPIPS_PLAN).rows}
+    assert rows["lpips_diversity"] == rows["lpips_clip_score"] == "no interval"
