@@ -131,8 +131,10 @@ def _print(comparison: Comparison) -> None:
     print(f"best {comparison.objective}: {best.checkpoint} ({best.score:.4f}{sure})")
     if len(best.tie_set) > 1:
         print(f"cannot be told apart: {', '.join(best.tie_set)}")
-    elif len(comparison.sides) - len(comparison.infeasible) > 1:
+    elif len(comparison.sides) - len(comparison.infeasible) - len(comparison.unranked) > 1:
         print("no other can be the best")
+    for side, reason in comparison.unranked.items():
+        print(f"not ranked with it: {side}, whose {reason}")
 
 
 def _print_row(row: Row, reference: str) -> None:
@@ -144,6 +146,8 @@ def _print_row(row: Row, reference: str) -> None:
             low, high = other.interval.low, other.interval.high
             shown = f"  difference {other.interval.mean:+.4f} [{low:+.4f}, {high:+.4f}]"
         told = f"{other.side} {other.verdict}" if other.verdict in ("better", "worse") else other.verdict
+        if other.reason:
+            told += f": {other.side}'s {other.reason}"
         print(f"    {other.side} {_figure(other.mean)}{shown}  {told}")
 
 

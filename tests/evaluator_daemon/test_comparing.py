@@ -11,7 +11,7 @@ from scipy.special import stdtrit
 
 from evaluator_daemon.comparing import best_of, compare, fields_that_differ, score_values
 from evaluator_daemon.measuring import scores_from_values, scores_of, values_of
-from evaluator_daemon.metrics.base import measured
+from evaluator_daemon.metrics.base import measured, unavailable
 from evaluator_daemon.operands import fresh_plan
 from shared.schemas import EvaluationPlan, Gate, GateCheck, Metric, Metrics, PhaseSeconds, Sample, ScoringPreset
 from shared.scoring_presets import frozen_preset, load_preset
@@ -124,7 +124,7 @@ def spread_out(seed: int, pictures: int = 12) -> tuple[Metrics, np.ndarray]:
     points = np.random.default_rng(seed).normal(0.3, 0.1, (pictures, 3))
     metrics = of(f"of {seed}", 0.7, noise=seed, pictures=pictures)
     figures = {**metrics.metrics, "lpips_diversity": measured(mean_distances(points).tolist(), "target")}
-    figures["clip_consistency"] = measured([0.30 + wave for wave in np.resize(WAVE, pictures)], "maximise")
+    figures["clip_consistency"] = measured([0.05 + wave for wave in np.resize(WAVE, pictures)], "maximise")
     changes = {"metrics": figures, "scores": scores_of(figures, LPIPS_PLAN), "plan_hash": LPIPS_PLAN.digest()}
     return metrics.model_copy(update=changes), points
 
@@ -164,3 +164,34 @@ def test_a_single_pair_of_pictures_tells_no_error():
     one, other = spread_out(1, pictures=2)[0], spread_out(2, pictures=2)[0]
     rows = {row.name: row.differences[0].verdict for row in compare({"a": one, "b": other}, LPIPS_PLAN).rows}
     assert rows["lpips_diversity"] == rows["lpips_clip_score"] == "no interval"
+
+
+def without_clip(metrics: Metrics) -> Metrics:
+    """The same pictures, measured where no CLIP was there."""
+    figures = {**metrics.metrics, "clip_consistency": unavailable("no CLIP", "maximise")}
+    return metrics.model_copy(update={"metrics": figures, "scores": scores_of(figures, LPIPS_PLAN)})
+
+
+def test_only_scores_of_the_same_parts_are_ranked():
+    whole, partly = spread_out(1)[0], without_clip(spread_out(1)[0])
+    assert partly.scores["lpips_clip_score"].value < whole.scores["lpips_clip_score"].value, "the trap"
+    best = best_of({"partly": partly, "whole": whole}, LPIPS_PLAN)
+    assert (best.checkpoint, best.certainty, best.tie_set) == ("whole", None, ("whole",))
+    best = best_of({"partly": partly, "whole": whole, "other": spread_out(2)[0]}, LPIPS_PLAN)
+    assert best.checkpoint in ("whole", "other") and "partly" not in best.tie_set and best.certainty is not None
+    both = best_of({"a": partly, "b": without_clip(spread_out(2)[0])}, LPIPS_PLAN)
+    assert both is not None and both.certainty is not None, "all without it are alike"
+
+
+def test_a_row_says_that_its_scores_were_made_of_different_parts():
+    whole, partly = spread_out(1)[0], without_clip(spread_out(1)[0])
+    found = compare({"partly": partly, "whole": whole}, LPIPS_PLAN)
+    rows = {row.name: row.differences[0] for row in found.rows}
+    told = "lpips_clip_score was made without clip_consistency"
+    assert (rows["lpips_clip_score"].verdict, rows["lpips_clip_score"].reason) == ("not comparable", told)
+    assert rows["lpips_clip_score"].interval is None
+    assert rows["combined_score"].verdict == "cannot be told", "the others are compared as ever"
+    assert (found.best.checkpoint, found.unranked) == ("whole", {"partly": told})
+    turned = compare({"whole": whole, "partly": partly}, LPIPS_PLAN)
+    row = next(row for row in turned.rows if row.name == "lpips_clip_score")
+    assert row.differences[0].reason == "lpips_clip_score was made with clip_consistency besides"
