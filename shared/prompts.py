@@ -21,12 +21,12 @@ from typing import Any
 from shared.errors import SettingsError
 from shared.samplers import SAMPLER_TITLES, find_sampler
 from shared.schemas import PromptOptions
+from shared.schemas.plan import SEEDS_END
 
 MULTIPLE_PX = 8
 LARGEST_PX = 4096
 MOST_STEPS = 1000
 LARGEST_CFG_SCALE = 100.0
-SEEDS_END = 2**63
 
 
 @dataclass(frozen=True)

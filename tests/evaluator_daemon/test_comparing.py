@@ -13,7 +13,17 @@ from evaluator_daemon.comparing import best_of, compare, fields_that_differ, sco
 from evaluator_daemon.measuring import scores_from_values, scores_of, values_of
 from evaluator_daemon.metrics.base import measured, unavailable
 from evaluator_daemon.operands import fresh_plan
-from shared.schemas import EvaluationPlan, Gate, GateCheck, Metric, Metrics, PhaseSeconds, Sample, ScoringPreset
+from shared.schemas import (
+    EvaluationPlan,
+    Gate,
+    GateCheck,
+    Metric,
+    Metrics,
+    PhaseSeconds,
+    PromptOptions,
+    Sample,
+    ScoringPreset,
+)
 from shared.scoring_presets import frozen_preset, load_preset
 
 PLAN = EvaluationPlan(
@@ -108,6 +118,20 @@ def test_fresh_seeds_are_none_of_the_plans(pictures):
     assert not seeds[0] & seeds[1]
     assert fresh.num_samples == 16
     assert fresh_plan(plan, 16) == fresh
+
+
+@pytest.mark.parametrize("fresh_pictures", [16, 200])
+@pytest.mark.parametrize(
+    "seeds",
+    [(2**63 - 1, None, None), (2**63 - 1, 2**63 - 2, 2**62), (0, 1, 2**63 - 1), (2**63 - 60, 30, None), (7, 9, 20)],
+)
+def test_seeds_at_the_end_of_their_range_go_on_at_its_beginning_and_stay_apart(seeds, fresh_pictures):
+    options = tuple(PromptOptions(seed=seed) for seed in seeds)
+    plan = EvaluationPlan.model_validate({**dict(PLAN), "num_samples": 32, "overrides": options})
+    fresh = fresh_plan(plan, fresh_pictures)
+    found = [{one.sample(i).seed for i in range(one.num_samples)} for one in (plan, fresh)]
+    assert not found[0] & found[1]
+    assert all(0 <= seed < 2**63 for seed in found[0] | found[1])
 
 
 LPIPS_PLAN = PLAN.model_copy(update={"scoring": frozen_preset(load_preset("lpips_clip"))})
