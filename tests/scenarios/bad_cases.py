@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from examples.tiny_world.paths import BASE_MODEL, CLIP_MODEL
+from examples.tiny_world.paths import BASE_MODEL, CLIP_MODEL, DATASET_TOML
 from shared.layout import StudyLayout
 from tests.scenarios.bad_input import Case, World
 
@@ -356,6 +356,14 @@ PLUGINS = [
         "trainer: no such module",
         ("trainer: 'no_such:TRAINER'", "there is no module 'no_such'"),
         flags("--trainer", "no_such:TRAINER"),
+    ),
+    Case(
+        "trainer: likeness to pictures that it may have trained on",
+        ("--trainer: 'tests.scenarios.faulty_plugin:FaultyTrainer'", "4 pictures", "holds_out = True"),
+        flags(
+            *("--trainer", "tests.scenarios.faulty_plugin:FaultyTrainer"),
+            *("--scoring", "recommended", "--dataset-config", DATASET_TOML),
+        ),
     ),
 ]
 
