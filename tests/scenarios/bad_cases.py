@@ -551,6 +551,21 @@ MODELS = [
         written("prompts.json", "[", "--prompts", "{}"),
     ),
     Case(
+        "prompts: a JSON without an end of brackets",
+        ("--prompts", "mend the JSON (it is nested too deeply)"),
+        written("prompts.json", "[" * 100_000, "--prompts", "{}"),
+    ),
+    Case(
+        "prompts: half a character in the JSON",
+        ("prompts.json prompt 1: '\\ud800'", "half a character"),
+        written("prompts.json", r'["a \ud800"]', "--prompts", "{}"),
+    ),
+    Case(
+        "prompts: a TOML number of 5,000 digits",
+        ("--prompts", "mend the TOML (Exceeds the limit (4300 digits)"),
+        written("prompts.toml", f"[[prompt.subset]]\nprompt = 'a'\nseed = {'9' * 5000}\n", "--prompts", "{}"),
+    ),
+    Case(
         "prompts: a JSON of something else",
         ("--prompts", "write a JSON list"),
         written("prompts.json", '{"prompt": "a ball"}', "--prompts", "{}"),
