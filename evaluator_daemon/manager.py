@@ -226,7 +226,7 @@ class Manager:
     def _serve_requests(self) -> None:
         """Carry out what people ask for; what an evaluator in our way has to make room for first stays pending."""
         pending = self._requests.pending()
-        self._errands.keep(pending)
+        self._errands.keep(pending, self._evaluators)
         for request in pending:
             if isinstance(request.command, Evaluate):
                 if self._job is not None:  # without a plan it stays pending
