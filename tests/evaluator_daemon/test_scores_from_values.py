@@ -51,7 +51,7 @@ def test_a_missing_optional_metric_gives_its_weight_to_the_others_and_is_named()
 def test_a_missing_required_metric_leaves_no_score_and_is_named():
     scores = scores_from_values(VALUES, frozen_preset(load_preset("recommended")))
     assert scores["recommended_score"].value is None
-    assert scores["recommended_score"].left_out == ("clip_consistency", "prompt_match", "style_distance")
+    assert scores["recommended_score"].left_out == ("prompt_match", "style_distance")
     assert scores["combined_score"].value is not None
 
 
