@@ -44,6 +44,7 @@ from shared.safetensors_file import read_header
 from shared.schemas import Evaluate, EvaluatorManagerState, Retry
 from shared.service import Service
 from shared.settings import LoadedSettings
+from shared.watch_script import write_watch_script
 
 MAX_EVALUATORS = 2
 """One for the trial in training and one for the trial before it; more would only take turns on one device."""
@@ -274,6 +275,7 @@ class Manager:
     def _plan(self, job: Job) -> None:
         """Go by a plan from now on."""
         self._lookout = Lookout(self._study, job.plan.digest(), job.idle_timeout_s, full_sweep_s=self._full_sweep_s)
+        write_watch_script(self._study, only_if_absent=True)
         self._news.objective = job.plan.scoring.objective
         log_change(_log, "plan", samples=job.plan.num_samples, device=job.device, dtype=job.plan.dtype)
 

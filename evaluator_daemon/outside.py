@@ -89,7 +89,8 @@ def evaluate_outside(
             evaluator.tick(watch=False)
 
         service.run(tick, job.check_interval_s)
-        return [outcome_of(layout, name) for name in files]
+        waiting = {name: Outcome(name, error.code, error.reason, None) for name, error in evaluator.waiting.items()}
+        return [waiting.get(name) or outcome_of(layout, name) for name in files]
     finally:
         lock.release()
 

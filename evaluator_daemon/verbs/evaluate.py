@@ -25,7 +25,7 @@ def declare(parser: argparse.ArgumentParser) -> Run:
     parser.description = (
         "Score weight files with the study's plan and exit; the results go to evaluations/<label>/ of the study "
         "folder, and the files stay where they are. With --trial score every checkpoint of one trial that is not "
-        "scored yet; with --watch go on until the trial is over. Exit code 3 when a file could not be scored."
+        "scored yet; with --watch go on until the trial is over. Exit code 3 when a FILE could not be scored."
     )
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="*.safetensors file, anywhere")
     parser.add_argument("--base", action="store_true", help="evaluate the base model alone, under the label base")
