@@ -44,6 +44,7 @@ from shared.safetensors_file import read_header
 from shared.schemas import Evaluate, EvaluatorManagerState, Retry
 from shared.service import Service
 from shared.settings import LoadedSettings
+from shared.watch_script import write_watch_script
 
 MAX_EVALUATORS = 2
 """One for the trial in training and one for the trial before it; more would only take turns on one device."""
@@ -226,7 +227,7 @@ class Manager:
     def _serve_requests(self) -> None:
         """Carry out what people ask for; what an evaluator in our way has to make room for first stays pending."""
         pending = self._requests.pending()
-        self._errands.keep(pending)
+        self._errands.keep(pending, self._evaluators)
         for request in pending:
             if isinstance(request.command, Evaluate):
                 if self._job is not None:  # without a plan it stays pending
@@ -274,6 +275,7 @@ class Manager:
     def _plan(self, job: Job) -> None:
         """Go by a plan from now on."""
         self._lookout = Lookout(self._study, job.plan.digest(), job.idle_timeout_s, full_sweep_s=self._full_sweep_s)
+        write_watch_script(self._study, only_if_absent=True)
         self._news.objective = job.plan.scoring.objective
         log_change(_log, "plan", samples=job.plan.num_samples, device=job.device, dtype=job.plan.dtype)
 
