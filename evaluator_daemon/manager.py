@@ -5,10 +5,11 @@ The study folder is the truth: events and messages from evaluators only bring th
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
@@ -39,7 +40,7 @@ from shared.files import write_model
 from shared.layout import RUN, TRIAL_STATE, StudyLayout, TrialLayout
 from shared.locks import FileLock
 from shared.logs import log_change, set_up_logs, tear_down_logs
-from shared.requests import RequestFolder
+from shared.requests import PendingRequest, RequestFolder
 from shared.safetensors_file import read_header
 from shared.schemas import Evaluate, EvaluatorManagerState, Retry
 from shared.service import Service
@@ -131,6 +132,7 @@ class Manager:
         self._max_evaluators = max_evaluators
         self._watches = Watches(service.wake)
         self._said_blind: set[str] = set()
+        self._said_put_off: dict[str, str] = {}  # what the disk did not allow -> why
         self._requests = RequestFolder(study, "evaluator")
         self._started = datetime.now().astimezone()
         self._started_s = time.monotonic()
@@ -171,7 +173,8 @@ class Manager:
         ended = self._evaluators.ended()
         trials = self._look()
         reaped = self._evaluators.reap(ended)
-        self._errands.settle(reaped)
+        with self._or_later("answers"):  # what is not answered now is found recorded next time
+            self._errands.settle(reaped)
         self._settle(reaped)
         self._watch(trials)
         self._start_and_stop(trials)
@@ -221,30 +224,53 @@ class Manager:
             log_change(_log, "no events here", level=logging.WARNING, folder=blind[why], why=why, interval_s=interval_s)
         self._said_blind = set(blind)
 
+    @contextlib.contextmanager
+    def _or_later(self, what: str) -> Iterator[None]:
+        """A disk that takes nothing ends no manager: that is said once, and every tick tries again."""
+        try:
+            yield
+        except (DiskError, OSError) as error:
+            if not self._home.is_ours():
+                raise
+            if self._said_put_off.get(what) != str(error):
+                self._said_put_off[what] = str(error)
+                log_change(_log, "put off until the disk allows it", level=logging.WARNING, what=what, why=error)
+        else:
+            self._said_put_off.pop(what, None)
+
     # --------------------------------------------------------------------------------------------------------- sweep
 
     def _serve_requests(self) -> None:
         """Carry out what people ask for; what an evaluator in our way has to make room for first stays pending."""
-        pending = self._requests.pending()
+        pending = None
+        with self._or_later("requests"):
+            pending = self._requests.pending()
+        if pending is None:
+            return
         self._errands.keep(pending)
         for request in pending:
-            if isinstance(request.command, Evaluate):
-                if self._job is not None:  # without a plan it stays pending
+            with self._or_later(f"answer {request.id}"):
+                if isinstance(request.command, Retry):
+                    self._retry(request, request.command)
+                elif self._job is not None:  # without a plan it stays pending
+                    assert isinstance(request.command, Evaluate)
                     self._errands.take(request, request.command, self._job)
-                continue
-            assert isinstance(request.command, Retry)
-            name = request.command.trial_name
-            try:
-                result = lift(self._study, request.command)
-            except AlreadyRunningError:
-                self._evaluators.terminate(name)
-            except (ContractError, UserError) as error:
-                log_change(_log, "request refused", level=logging.WARNING, id=request.id, reason=error)
-                self._requests.refuse(request, str(error))
-            else:
-                log_change(_log, "request", kind="retry", id=request.id, trial=name, checkpoints=result["checkpoints"])
-                self._evaluators.restarts.forget(name)
-                self._requests.accept(request, result)
+
+    def _retry(self, request: PendingRequest, command: Retry) -> None:
+        name = command.trial_name
+        try:
+            result = lift(self._study, command)
+        except AlreadyRunningError:
+            self._evaluators.terminate(name)
+        except DiskError:
+            raise
+        except (ContractError, UserError, ResourceError, OSError) as error:
+            self._requests.refuse(request, str(error))
+            log_change(_log, "request refused", level=logging.WARNING, id=request.id, reason=error)
+        else:
+            self._evaluators.restarts.forget(name)
+            self._requests.accept(request, result)
+            log_change(_log, "request", kind="retry", id=request.id, trial=name, checkpoints=result["checkpoints"])
 
     def _find_job(self) -> bool:
         """Know the plan, or wait for it."""
@@ -376,9 +402,10 @@ class Manager:
         )
         now_s = time.monotonic()
         if state != self._written or now_s - self._written_s >= HEARTBEAT_S:
-            self._written = state.model_copy(update={"heartbeat": datetime.now().astimezone()})
-            self._written_s = now_s
-            write_model(self._study.manager_state, self._written)
+            state = state.model_copy(update={"heartbeat": datetime.now().astimezone()})
+            with self._or_later(self._study.manager_state.name):
+                write_model(self._study.manager_state, state)
+                self._written, self._written_s = state, now_s
         self._service.status(f"{len(state.evaluators)} evaluators, {state.waiting_checkpoints} checkpoints waiting")
 
     def _count_complete(self, trials: Sequence[TrialView]) -> int:
