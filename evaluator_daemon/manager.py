@@ -16,8 +16,8 @@ from typing import Literal
 
 from evaluator_daemon.children import Ended, Evaluators
 from evaluator_daemon.commands import lift
-from evaluator_daemon.errands import Errands
-from evaluator_daemon.gpu_policy import policy_of
+from evaluator_daemon.errands import Errands, label_key
+from evaluator_daemon.gpu_policy import policy_of, training_in_the_way
 from evaluator_daemon.home import Home
 from evaluator_daemon.job import Job, adopt_run, find_job, read_run, study_folder
 from evaluator_daemon.lookout import FULL_SWEEP_S, Lookout, quarantined_in
@@ -138,13 +138,17 @@ class Manager:
         self._started_s = time.monotonic()
         self._saw_optimizer = False
         self._said_waiting = False
+        self._said_deferred = False
         self._evaluators = Evaluators(study, service.wake, once=once)
         self._errands = Errands(study, self._requests, once=once)
         self._watches.keep(self._folders())
         self._forget_study()
 
     def _forget_study(self) -> None:
-        """Know nothing of the folder."""
+        """Know nothing of the folder, nor of what those at work in the one before it will still do."""
+        self._errands.keep(())
+        self._evaluators.restarts.forget_all()
+        self._strangers = set(self._evaluators.names)  # at work in folders that are no more
         self._job: Job | None = None
         self._lookout: Lookout | None = None
         self._news = News(self._study)
@@ -172,13 +176,14 @@ class Manager:
             return
         ended = self._evaluators.ended()
         trials = self._look()
-        reaped = self._evaluators.reap(ended)
+        reaped = self._reap(ended)
         with self._or_later("answers"):  # what is not answered now is found recorded next time
             self._errands.settle(reaped)
         self._settle(reaped)
         self._watch(trials)
         self._start_and_stop(trials)
         self._write_state(trials, "running")
+        self._say_waits()
         if not self._evaluators.names and not self._errands and self._is_done(trials):
             self._service.stop()
 
@@ -196,7 +201,7 @@ class Manager:
         for name in self._evaluators.names:
             self._evaluators.terminate(name)
         if not self._home.come_back(is_needed=self._once):
-            self._evaluators.reap(self._evaluators.ended())
+            self._reap(self._evaluators.ended())
             return False
         log_change(_log, "study folder replaced", level=logging.WARNING, folder=self._study.root)
         self._forget_study()
@@ -258,17 +263,19 @@ class Manager:
 
     def _retry(self, request: PendingRequest, command: Retry) -> None:
         name = command.trial_name
+        is_trial = any(trial.name == name for trial in self._study.list_trials())
+        evaluator = name if is_trial else label_key(name)
         try:
             result = lift(self._study, command)
         except AlreadyRunningError:
-            self._evaluators.terminate(name)
+            self._evaluators.terminate(evaluator)
         except DiskError:
             raise
         except (ContractError, UserError, ResourceError, OSError) as error:
             self._requests.refuse(request, str(error))
             log_change(_log, "request refused", level=logging.WARNING, id=request.id, reason=error)
         else:
-            self._evaluators.restarts.forget(name)
+            self._evaluators.restarts.forget(evaluator)
             self._requests.accept(request, result)
             log_change(_log, "request", kind="retry", id=request.id, trial=name, checkpoints=result["checkpoints"])
 
@@ -316,8 +323,20 @@ class Manager:
     def _say_moved(self, name: str) -> None:
         """An evaluator at work in a folder that is no more would record into nothing."""
         self._news.forget(name)
+        self._evaluators.restarts.forget(name)
+        if name in self._evaluators.names:
+            self._strangers.add(name)
         self._evaluators.terminate(name)
         log_change(_log, "trial folder gone or replaced", level=logging.WARNING, trial=name)
+
+    def _reap(self, names: Sequence[str]) -> list[Ended]:
+        """Collect ended evaluators; how one ended says nothing about the folder that stands at its trial's name now."""
+        reaped = self._evaluators.reap(names)
+        for evaluator in reaped:
+            if evaluator.name in self._strangers:
+                self._strangers.discard(evaluator.name)
+                self._evaluators.restarts.forget(evaluator.name)
+        return reaped
 
     def _start_and_stop(self, trials: list[TrialView]) -> None:
         """Have the most urgent trials evaluated; while somebody asks for other files, these have one of the places."""
@@ -407,6 +426,18 @@ class Manager:
                 write_model(self._study.manager_state, state)
                 self._written, self._written_s = state, now_s
         self._service.status(f"{len(state.evaluators)} evaluators, {state.waiting_checkpoints} checkpoints waiting")
+
+    def _say_waits(self) -> None:
+        """With --once somebody waits for our end: say once why it does not come."""
+        deferred = [e for e in (self._written.evaluators if self._written else ()) if e.activity == "deferred"]
+        if not self._once or not deferred or self._said_deferred:
+            return
+        self._said_deferred = True
+        policy = policy_of(self._study, self._loaded.settings.gpu_policy)
+        training = training_in_the_way(self._study, policy)
+        log = TrialLayout(self._study.root / deferred[0].trial_name).evaluation_log
+        why = f"--gpu-policy defer: {training} is training" if training else f"others need the device; {log} says more"
+        log_change(_log, "waits for the device", level=logging.WARNING, trial=deferred[0].trial_name, why=why)
 
     def _count_complete(self, trials: Sequence[TrialView]) -> int:
         """How many unsettled files are whole; what was found whole is not read again before it changes."""

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from benchmarks.evaluation.prepared import add_finished_trial, whole_file
+from evaluator_daemon.errands import label_key
 from evaluator_daemon.home import Home
 from evaluator_daemon.manager import Manager
+from evaluator_daemon.restarts import History
 from evaluator_daemon.settings import EvaluatorSettings
 from shared.errors import ResourceError
-from shared.files import read_model
+from shared.files import read_model, write_model
 from shared.layout import StudyLayout
 from shared.requests import RequestFolder
-from shared.schemas import EvaluatorManagerState, Retry, Run
+from shared.schemas import EvaluationState, EvaluatorManagerState, Retry, Run
 from shared.service import Service
 from shared.settings import LoadedSettings
 from tests.scenarios.written_study import plan_study
@@ -150,3 +155,67 @@ def test_what_a_killed_evaluator_left_beside_its_records_is_swept_where_nothing_
     with Home(study):
         assert not [folder for folder in folders if (folder / LEFT).exists()]
     assert ours.exists(), "what no writer of ours would name so stays"
+
+
+def fail(manager: Manager, name: str) -> None:
+    """Note a crash of an evaluator that was there before."""
+    manager._evaluators.restarts.ended(name, -11, time.monotonic(), asked_to=False, settled=False, chance=1.0)
+
+
+def test_a_retry_of_a_label_ends_the_back_off_of_its_evaluator(study):
+    label = study.evaluations("mine")
+    label.folder.mkdir(parents=True)
+    now = read_model(study.run, Run).created
+    write_model(label.state, EvaluationState(trial_name="mine", updated=now, checkpoints=()))
+    with managing(study) as manager:
+        for name in ("trial_0001", label_key("mine")):
+            fail(manager, name)
+            assert not manager._evaluators.may_start(name)
+            RequestFolder(study, "evaluator").submit(Retry(kind="retry", trial_name=name.rpartition("/")[2]))
+            manager.tick()
+            assert manager._evaluators.may_start(name)
+
+
+def test_a_new_trial_or_study_of_an_old_name_inherits_no_back_off(study):
+    with managing(study) as manager:
+        restarts = manager._evaluators.restarts
+        manager.tick()
+        for name in ("trial_0001", "trial_0002"):
+            fail(manager, name)
+        study.trial(2).folder.rename(study.root / "old")
+        study.trial(2).folder.mkdir()
+        manager.tick()
+        assert restarts.of("trial_0002") == History()
+        assert restarts.of("trial_0001").failures == 1
+        study.root.rename(study.root.parent / "old")
+        plan_study(study)
+        manager.tick()
+        assert restarts.of("trial_0001") == History()
+
+
+def crash_when_asked_to_end(messages: object) -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGTERM, lambda *_: os.abort())
+    signal.pause()
+
+
+@pytest.mark.parametrize("gone", ["the trial", "the study"])
+def test_how_an_evaluator_in_a_folder_that_is_gone_ends_is_no_strike_for_the_next(study, gone):
+    with managing(study) as manager:
+        evaluators = manager._evaluators
+        evaluators._context.set_forkserver_preload([])  # it renders nothing
+        manager.tick()
+        evaluators._start("trial_0002", crash_when_asked_to_end)
+        time.sleep(0.5)
+        if gone == "the trial":
+            study.trial(2).folder.rename(study.root / "old")
+            study.trial(2).folder.mkdir()
+        else:
+            study.root.rename(study.root.parent / "old")
+            plan_study(study)
+        deadline = time.monotonic() + 60
+        while evaluators.names:
+            assert time.monotonic() < deadline
+            manager.tick()
+            time.sleep(0.05)
+        assert evaluators.restarts.of("trial_0002") == History()
