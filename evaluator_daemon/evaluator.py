@@ -359,6 +359,7 @@ class Evaluator:
             epoch=file.epoch,
             size=file.size,
             modified_ns=file.modified_ns,
+            changed_s=file.changed_s,
             status="waiting",
         )
         self.memory.put(given_up(record, error.code, error.reason, status))

@@ -93,6 +93,15 @@ def list_folder(folder: Path | str) -> dict[str, os.stat_result]:
     return found
 
 
+def file_stamp(path: Path | str) -> tuple[int, ...] | None:
+    """Return what changes with a file's content: inode, size, modification and change time (ns); None without one."""
+    try:
+        status = os.stat(path)  # noqa: PTH116  paths cost more than the call, thousands of times
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 def weights(names: Iterable[str]) -> list[str]:
     """Return the names that are weight files', as `TrialLayout.list_checkpoints` does."""
     return [name for name in names if name.endswith(_WEIGHTS) and not name.startswith(".tmp") and name != _WEIGHTS]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
-from evaluator_daemon.folder import read_or_none
-from evaluator_daemon.job import policy_in
+from evaluator_daemon.folder import file_stamp, read_or_none
+from evaluator_daemon.job import policy_in, read_run
+from shared.errors import ResourceError, UnreadableFileError
 from shared.gpu_lease import GpuPolicy
-from shared.layout import StudyLayout
+from shared.layout import TRIAL_STATE, StudyLayout, TrialLayout
 from shared.locks import FileLock
-from shared.schemas import EvaluationPlan, Run
+from shared.schemas import TERMINAL_STATES, EvaluationPlan, TrialState
 
 POLICY_LOOK_S = 2.0
 """How late the end of a training is seen under `defer`; looking costs a few lock probes."""
@@ -47,17 +51,60 @@ class DeviceMemory:
 def policy_of(study: StudyLayout, asked: GpuPolicy | None) -> GpuPolicy:
     """Return how trainings and evaluations share the device: as the study has it now, else as `asked`, else "share".
 
-    run.json is read anew each time: the optimizer may be started again with another policy.
+    run.json is looked at anew each time: the optimizer may be started again with another policy.
     """
-    run = read_or_none(study.run, Run)
+    try:
+        run = read_run(study)
+    except UnreadableFileError:
+        run = None
     return (run and policy_in(run)) or asked or "share"
 
 
 def training_in_the_way(study: StudyLayout, policy: GpuPolicy) -> str | None:
     """Return the name of a trial whose trainer lives, where the policy has evaluations wait for it."""
-    if policy == "share":
-        return None
-    return next((trial.name for trial in study.list_trials() if FileLock.is_held(trial.trainer_lock)), None)
+    return None if policy == "share" else _trainings_of(study.root).find()
+
+
+class _Trainings:
+    """Who trains in a study, asked again and again: a trial that is over is probed once per trial_state.json."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._last: str | None = None
+        self._over: dict[str, tuple[int, ...]] = {}  # by name, the stamp of the state file that says so
+
+    def find(self) -> str | None:
+        if self._last is not None and self._trains(self._last):
+            return self._last
+        try:
+            # the newest first: it is the one in training
+            names = sorted((name for name in os.listdir(self._root) if name.startswith("trial_")), reverse=True)  # noqa: PTH208
+        except FileNotFoundError:
+            names = []
+        self._over = {name: self._over[name] for name in names if name in self._over}
+        self._last = next((name for name in names if not self._is_over(name) and self._trains(name)), None)
+        return self._last
+
+    def _is_over(self, name: str) -> bool:
+        return name in self._over and self._over[name] == file_stamp(f"{self._root}/{name}/{TRIAL_STATE}")
+
+    def _trains(self, name: str) -> bool:
+        trial = TrialLayout(self._root / name)
+        stamp = file_stamp(trial.state)  # before the probe: whoever starts it again writes it anew
+        try:
+            if FileLock.is_held(trial.trainer_lock):
+                return True
+            state = read_or_none(trial.state, TrialState) if stamp else None
+        except ResourceError:  # somebody else's folder, which the manager's sweep tells of
+            return False
+        if stamp and state is not None and state.state in TERMINAL_STATES:
+            self._over[name] = stamp
+        return False
+
+
+@functools.lru_cache(maxsize=1)
+def _trainings_of(root: Path) -> _Trainings:
+    return _Trainings(root)
 
 
 def picture_bytes(plan: EvaluationPlan) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from evaluator_daemon.folder import file_stamp
 from evaluator_daemon.settings import EvaluatorSettings
 from shared.devices import require_device, resolve_device
 from shared.errors import SettingsError, StudyMismatchError
@@ -162,11 +164,17 @@ def overridden(loaded: LoadedSettings[EvaluatorSettings], plan: EvaluationPlan) 
 
 
 def read_run(study: StudyLayout) -> Run | None:
-    """Return run.json, None while there is none."""
+    """Return run.json, None while there is none; read again only when the file has changed."""
     try:
-        return read_kept(study.run, Run)
+        return _run_at(study.run, file_stamp(study.run))
     except FileNotFoundError:
         return None
+
+
+@functools.lru_cache(maxsize=1)  # it grows with the data set's pictures, and a sweep asks for it several times
+def _run_at(path: Path, stamp: tuple[int, ...] | None) -> Run:
+    """`stamp` was taken before: what is written meanwhile is read again the next time."""
+    return read_kept(path, Run)
 
 
 def policy_in(run: Run) -> GpuPolicy | None:

@@ -8,6 +8,7 @@ compares the stamps of every file that decides about the trial, whatever the fol
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 import time
@@ -15,10 +16,12 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluator_daemon.folder import Model, list_folder, look_at, read_or_none, weights
+from evaluator_daemon.folder import Model, file_stamp, list_folder, look_at, read_or_none, weights
 from evaluator_daemon.sweep import TrialView, is_over, open_files
+from shared.errors import ResourceError
 from shared.layout import StudyLayout, TrialLayout
 from shared.locks import FileLock
+from shared.logs import log_change
 from shared.schemas import TERMINAL_STATES, CheckpointRecord, EvaluationState, QuarantinedCheckpoint
 
 FULL_SWEEP_S = 300.0
@@ -32,6 +35,7 @@ _RELATIVE = TrialLayout(Path())
 _EVALUATIONS = str(_RELATIVE.evaluations.folder)
 _DOCUMENTS = tuple(map(str, (_RELATIVE.state, _RELATIVE.params, _RELATIVE.trainer_lock, _RELATIVE.evaluations.state)))
 
+_log = logging.getLogger(__name__)
 
 Stamp = tuple[int, int, int, int, int, int]
 """Of a trial: device, inode, modification and change time of its folder (ns), inode and modification time of its
@@ -83,6 +87,7 @@ class Lookout:
         self._quiet: dict[str, _Quiet] = {}
         self._stamps: dict[str, Stamp] = {}
         self._documents: dict[str, Documents] = {}
+        self._unreadable: dict[Path, str] = {}  # folder -> why it was passed over, as said
         self.looks = 0
         """How often a trial was looked at in full."""
 
@@ -105,6 +110,8 @@ class Lookout:
         self, in_use: Collection[str], seen: Callable[[TrialView], None], moved: Callable[[str], None]
     ) -> list[TrialView]:
         """Return the trials that are not quiet, by number.
+
+        A folder that cannot be read (somebody else's, a failing disk) is said, passed over and tried again next time.
 
         Args:
             in_use: trials that have an evaluator; never quiet.
@@ -131,6 +138,11 @@ class Lookout:
             except FileNotFoundError:  # somebody moved the folder away just now
                 self._forget(trial.name)
                 continue
+            except (OSError, ResourceError) as error:
+                self._quiet.pop(trial.name, None)
+                self._pass_over(trial.folder, error)
+                continue
+            self._unreadable.pop(trial.folder, None)
             seen(view)
             if trial.name not in in_use and self._is_quiet(view):
                 stamp = found[trial.name]
@@ -155,7 +167,18 @@ class Lookout:
                         found[entry.name] = stamp
         except FileNotFoundError:
             return {}
+        except OSError as error:
+            self._pass_over(self._study.root, error)
+            return dict(self._stamps)  # not being shown the trials does not make them gone
+        self._unreadable.pop(self._study.root, None)
         return found
+
+    def _pass_over(self, folder: Path, error: Exception) -> None:
+        """Say once why a folder is not looked at, and again when the reason is another."""
+        why = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+        if self._unreadable.get(folder) != why:
+            self._unreadable[folder] = why
+            log_change(_log, "folder passed over", level=logging.WARNING, folder=folder, why=why)
 
     def _gone_or_replaced(self, found: dict[str, Stamp]) -> list[str]:
         changed = [name for name, stamp in self._stamps.items() if found.get(name) != stamp]
@@ -189,6 +212,7 @@ class Lookout:
     def _forget(self, name: str) -> None:
         self._quiet.pop(name, None)
         self._documents.pop(name, None)
+        self._unreadable.pop(self._study.root / name, None)
 
 
 class Documents:
@@ -199,7 +223,7 @@ class Documents:
 
     def read(self, path: Path, model: type[Model], /) -> Model | None:
         """Return a document; None when it is missing or damaged."""
-        stamp = _file_stamp(path)
+        stamp = file_stamp(path)
         if stamp is None:
             self._known.pop(path, None)
             return None
@@ -240,11 +264,11 @@ def _stamp(folder: str) -> Stamp | None:
 
 
 def _fingerprint(folder: str) -> int | None:
-    """Of all files a look depends on; None when the folder has gone."""
+    """Of all files a look depends on; None when the folder has gone or cannot be read."""
     documents = _document_stamps(folder)
     try:
         entries = list_folder(folder)
-    except FileNotFoundError:
+    except OSError:
         return None
     files = tuple(
         (name, entries[name].st_size, entries[name].st_mtime_ns, entries[name].st_ctime)
@@ -254,15 +278,7 @@ def _fingerprint(folder: str) -> int | None:
 
 
 def _document_stamps(folder: str) -> tuple[tuple[int, ...] | None, ...]:
-    return tuple(_file_stamp(f"{folder}/{name}") for name in _DOCUMENTS)
-
-
-def _file_stamp(path: Path | str) -> tuple[int, ...] | None:
-    try:
-        status = os.stat(path)  # noqa: PTH116
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return tuple(file_stamp(f"{folder}/{name}") for name in _DOCUMENTS)
 
 
 def _by_number(trial: TrialLayout) -> tuple[bool, int, str]:

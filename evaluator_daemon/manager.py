@@ -5,18 +5,19 @@ The study folder is the truth: events and messages from evaluators only bring th
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
 from evaluator_daemon.children import Ended, Evaluators
 from evaluator_daemon.commands import lift
-from evaluator_daemon.errands import Errands
-from evaluator_daemon.gpu_policy import policy_of
+from evaluator_daemon.errands import Errands, label_key
+from evaluator_daemon.gpu_policy import policy_of, training_in_the_way
 from evaluator_daemon.home import Home
 from evaluator_daemon.job import Job, adopt_run, find_job, read_run, study_folder
 from evaluator_daemon.lookout import FULL_SWEEP_S, Lookout, quarantined_in
@@ -39,7 +40,7 @@ from shared.files import write_model
 from shared.layout import RUN, TRIAL_STATE, StudyLayout, TrialLayout
 from shared.locks import FileLock
 from shared.logs import log_change, set_up_logs, tear_down_logs
-from shared.requests import RequestFolder
+from shared.requests import PendingRequest, RequestFolder
 from shared.safetensors_file import read_header
 from shared.schemas import Evaluate, EvaluatorManagerState, Retry
 from shared.service import Service
@@ -132,18 +133,23 @@ class Manager:
         self._max_evaluators = max_evaluators
         self._watches = Watches(service.wake)
         self._said_blind: set[str] = set()
+        self._said_put_off: dict[str, str] = {}  # what the disk did not allow -> why
         self._requests = RequestFolder(study, "evaluator")
         self._started = datetime.now().astimezone()
         self._started_s = time.monotonic()
         self._saw_optimizer = False
         self._said_waiting = False
+        self._said_deferred = False
         self._evaluators = Evaluators(study, service.wake, once=once)
         self._errands = Errands(study, self._requests, once=once)
         self._watches.keep(self._folders())
         self._forget_study()
 
     def _forget_study(self) -> None:
-        """Know nothing of the folder."""
+        """Know nothing of the folder, nor of what those at work in the one before it will still do."""
+        self._errands.keep(())
+        self._evaluators.restarts.forget_all()
+        self._strangers = set(self._evaluators.names)  # at work in folders that are no more
         self._job: Job | None = None
         self._lookout: Lookout | None = None
         self._news = News(self._study)
@@ -171,12 +177,14 @@ class Manager:
             return
         ended = self._evaluators.ended()
         trials = self._look()
-        reaped = self._evaluators.reap(ended)
-        self._errands.settle(reaped)
+        reaped = self._reap(ended)
+        with self._or_later("answers"):  # what is not answered now is found recorded next time
+            self._errands.settle(reaped)
         self._settle(reaped)
         self._watch(trials)
         self._start_and_stop(trials)
         self._write_state(trials, "running")
+        self._say_waits()
         if not self._evaluators.names and not self._errands and self._is_done(trials):
             self._service.stop()
 
@@ -194,7 +202,7 @@ class Manager:
         for name in self._evaluators.names:
             self._evaluators.terminate(name)
         if not self._home.come_back(is_needed=self._once):
-            self._evaluators.reap(self._evaluators.ended())
+            self._reap(self._evaluators.ended())
             return False
         log_change(_log, "study folder replaced", level=logging.WARNING, folder=self._study.root)
         self._forget_study()
@@ -222,30 +230,55 @@ class Manager:
             log_change(_log, "no events here", level=logging.WARNING, folder=blind[why], why=why, interval_s=interval_s)
         self._said_blind = set(blind)
 
+    @contextlib.contextmanager
+    def _or_later(self, what: str) -> Iterator[None]:
+        """A disk that takes nothing ends no manager: that is said once, and every tick tries again."""
+        try:
+            yield
+        except (DiskError, OSError) as error:
+            if not self._home.is_ours():
+                raise
+            if self._said_put_off.get(what) != str(error):
+                self._said_put_off[what] = str(error)
+                log_change(_log, "put off until the disk allows it", level=logging.WARNING, what=what, why=error)
+        else:
+            self._said_put_off.pop(what, None)
+
     # --------------------------------------------------------------------------------------------------------- sweep
 
     def _serve_requests(self) -> None:
         """Carry out what people ask for; what an evaluator in our way has to make room for first stays pending."""
-        pending = self._requests.pending()
+        pending = None
+        with self._or_later("requests"):
+            pending = self._requests.pending()
+        if pending is None:
+            return
         self._errands.keep(pending, self._evaluators)
         for request in pending:
-            if isinstance(request.command, Evaluate):
-                if self._job is not None:  # without a plan it stays pending
+            with self._or_later(f"answer {request.id}"):
+                if isinstance(request.command, Retry):
+                    self._retry(request, request.command)
+                elif self._job is not None:  # without a plan it stays pending
+                    assert isinstance(request.command, Evaluate)
                     self._errands.take(request, request.command, self._job)
-                continue
-            assert isinstance(request.command, Retry)
-            name = request.command.trial_name
-            try:
-                result = lift(self._study, request.command)
-            except AlreadyRunningError:
-                self._evaluators.terminate(name)
-            except (ContractError, UserError) as error:
-                log_change(_log, "request refused", level=logging.WARNING, id=request.id, reason=error)
-                self._requests.refuse(request, str(error))
-            else:
-                log_change(_log, "request", kind="retry", id=request.id, trial=name, checkpoints=result["checkpoints"])
-                self._evaluators.restarts.forget(name)
-                self._requests.accept(request, result)
+
+    def _retry(self, request: PendingRequest, command: Retry) -> None:
+        name = command.trial_name
+        is_trial = any(trial.name == name for trial in self._study.list_trials())
+        evaluator = name if is_trial else label_key(name)
+        try:
+            result = lift(self._study, command)
+        except AlreadyRunningError:
+            self._evaluators.terminate(evaluator)
+        except DiskError:
+            raise
+        except (ContractError, UserError, ResourceError, OSError) as error:
+            self._requests.refuse(request, str(error))
+            log_change(_log, "request refused", level=logging.WARNING, id=request.id, reason=error)
+        else:
+            self._evaluators.restarts.forget(evaluator)
+            self._requests.accept(request, result)
+            log_change(_log, "request", kind="retry", id=request.id, trial=name, checkpoints=result["checkpoints"])
 
     def _find_job(self) -> bool:
         """Know the plan, or wait for it."""
@@ -292,8 +325,20 @@ class Manager:
     def _say_moved(self, name: str) -> None:
         """An evaluator at work in a folder that is no more would record into nothing."""
         self._news.forget(name)
+        self._evaluators.restarts.forget(name)
+        if name in self._evaluators.names:
+            self._strangers.add(name)
         self._evaluators.terminate(name)
         log_change(_log, "trial folder gone or replaced", level=logging.WARNING, trial=name)
+
+    def _reap(self, names: Sequence[str]) -> list[Ended]:
+        """Collect ended evaluators; how one ended says nothing about the folder that stands at its trial's name now."""
+        reaped = self._evaluators.reap(names)
+        for evaluator in reaped:
+            if evaluator.name in self._strangers:
+                self._strangers.discard(evaluator.name)
+                self._evaluators.restarts.forget(evaluator.name)
+        return reaped
 
     def _start_and_stop(self, trials: list[TrialView]) -> None:
         """Have the most urgent trials evaluated; while somebody asks for other files, these have one of the places."""
@@ -378,10 +423,23 @@ class Manager:
         )
         now_s = time.monotonic()
         if state != self._written or now_s - self._written_s >= HEARTBEAT_S:
-            self._written = state.model_copy(update={"heartbeat": datetime.now().astimezone()})
-            self._written_s = now_s
-            write_model(self._study.manager_state, self._written)
+            state = state.model_copy(update={"heartbeat": datetime.now().astimezone()})
+            with self._or_later(self._study.manager_state.name):
+                write_model(self._study.manager_state, state)
+                self._written, self._written_s = state, now_s
         self._service.status(f"{len(state.evaluators)} evaluators, {state.waiting_checkpoints} checkpoints waiting")
+
+    def _say_waits(self) -> None:
+        """With --once somebody waits for our end: say once why it does not come."""
+        deferred = [e for e in (self._written.evaluators if self._written else ()) if e.activity == "deferred"]
+        if not self._once or not deferred or self._said_deferred:
+            return
+        self._said_deferred = True
+        policy = policy_of(self._study, self._loaded.settings.gpu_policy)
+        training = training_in_the_way(self._study, policy)
+        log = TrialLayout(self._study.root / deferred[0].trial_name).evaluation_log
+        why = f"--gpu-policy defer: {training} is training" if training else f"others need the device; {log} says more"
+        log_change(_log, "waits for the device", level=logging.WARNING, trial=deferred[0].trial_name, why=why)
 
     def _count_complete(self, trials: Sequence[TrialView]) -> int:
         """How many unsettled files are whole; what was found whole is not read again before it changes."""

@@ -56,6 +56,10 @@ class Restarts:
         """Start with a trial as if it were new."""
         self._histories.pop(name, None)
 
+    def forget_all(self) -> None:
+        """Start with every trial as if it were new; what ails the machine stays known."""
+        self._histories.clear()
+
     @property
     def is_broken(self) -> bool:
         """Whether so many failed in a row that they are tried one at a time."""

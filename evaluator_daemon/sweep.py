@@ -76,9 +76,16 @@ def is_settled(file: WeightFile, records: Iterable[CheckpointRecord], plan_hash:
 
 
 def _may_be_readable_now(file: WeightFile, record: CheckpointRecord) -> bool:
-    """A chmod changes neither size nor modification time."""
+    """A chmod changes neither size nor modification time.
+
+    The file's clock may be a file server's: only records that lack its time then are held against ours.
+    """
     verdict = record.quarantine
-    return verdict is not None and verdict.code == "unreadable" and file.changed_s > verdict.since.timestamp()
+    if verdict is None or verdict.code != "unreadable":
+        return False
+    if record.changed_s is None:
+        return file.changed_s > verdict.since.timestamp()
+    return abs(file.changed_s - record.changed_s) > 1e-6  # a float of seconds since 1970 keeps 0.2 us
 
 
 def open_files(trial: TrialView) -> list[WeightFile]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,7 +36,10 @@ MAX_FAILURES = 10
 """An observer that failed this often in a row is left off."""
 
 # There inotify does not see what the other side writes.
-_BLIND = ("9p", "drvfs", "nfs", "cifs", "smb", "fuse", "virtiofs", "vboxsf", "ceph", "afs", "glusterfs", "lustre")
+_BLIND = (
+    "9p", "afs", "beegfs", "ceph", "cifs", "drvfs", "fuse", "glusterfs", "gpfs", "lustre", "nfs", "ocfs2", "smb",
+    "vboxsf", "virtiofs", "vmhgfs",
+)  # fmt: skip
 # watchdog's default mask floods its queue, and a reader that opens files would wake itself.
 _EVENTS: list[type[FileSystemEvent]] = [
     FileClosedEvent,
@@ -173,7 +177,8 @@ class Watches:
         if self._clock() < self._not_before_s:
             known.blind_because = self._pause_because
             return
-        kind = mount_type(path, Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines())
+        with Path("/proc/self/mountinfo").open("rb") as mounts:
+            kind = mount_type(path, mounts)
         if kind.startswith(_BLIND):
             known.blind_because, known.final = f"its file system, {kind}, does not tell what others write", True
             return
@@ -313,14 +318,15 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def mount_type(folder: Path, mountinfo: Iterable[str]) -> str:
+def mount_type(folder: Path, mountinfo: Iterable[bytes]) -> str:
     """Return the file system's type of the mount `folder` lies on, from the lines of /proc/self/mountinfo."""
-    path = os.path.realpath(folder)
-    best, kind = "", ""
+    path = os.path.realpath(os.fsencode(folder))
+    best, kind = b"", b""
     for line in mountinfo:
-        before, _, after = line.partition(" - ")
-        point = before.split()[4].encode().decode("unicode_escape")  # a space is written \040
-        inside = path == point or path.startswith(point.rstrip("/") + "/")
+        before, _, after = line.partition(b" - ")
+        # a space is written \040; all but four characters stand there as they are, whatever their encoding
+        point = re.sub(rb"\\([0-3][0-7]{2})", lambda octal: bytes([int(octal[1], 8)]), before.split(b" ")[4])
+        inside = path == point or path.startswith(point.rstrip(b"/") + b"/")
         if inside and len(point) >= len(best):
-            best, kind = point, after.split()[0]
-    return kind
+            best, kind = point, after.split(b" ")[0]
+    return kind.decode()

@@ -234,6 +234,10 @@ class CheckpointRecord(Record):
     epoch: Epoch | None = Field(description="Epoch it was saved after; null when nothing tells it.")
     size: Annotated[int, Unit("bytes")] = Field(ge=0, description="Size of the file when it was last looked at.")
     modified_ns: Annotated[int, Unit("ns since 1970")] = Field(description="Its modification time then.")
+    changed_s: Annotated[float, Unit("s since 1970")] | None = Field(
+        default=None,
+        description="When anything about it, its mode too, had last changed then; null where nobody looked, or if old.",
+    )
     status: CheckpointStatus = Field(
         description="waiting for an evaluation, evaluating, recorded, quarantined, or truncated until the file changes."
     )

@@ -91,6 +91,8 @@ def test_under_defer_the_real_evaluator_waits_for_any_training_of_the_study(base
         training.release()
         manager.kill()
     assert manager.returncode == 0, said
+    assert said.count("waits for the device") == 1, "whoever waits for --once is told why"
+    assert said.count("--gpu-policy defer: trial_0006 is training") == 1
     assert [attempt.outcome for attempt in record_of(trial).attempts] == ["recorded"]
     assert "goes on" in trial.evaluation_log.read_text()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.evaluation.prepared import write_documents
 from evaluator_daemon import gpu
 from evaluator_daemon.gpu import DeviceGate, weight_bytes
 from evaluator_daemon.gpu_policy import (
@@ -110,6 +111,44 @@ def test_any_living_trainer_of_the_study_is_in_the_way_under_defer_alone(tmp_pat
         assert training_in_the_way(study, "defer") == "trial_0002"
         assert training_in_the_way(study, "share") is None
     assert training_in_the_way(study, "defer") is None
+
+
+@pytest.fixture
+def probed(monkeypatch) -> list[str]:
+    """The trials whose lock was probed."""
+    names: list[str] = []
+    real = FileLock.is_held
+
+    def is_held(path: Path) -> bool:
+        names.append(path.parent.name)
+        return real(path)
+
+    monkeypatch.setattr(FileLock, "is_held", is_held)
+    return names
+
+
+def test_trials_that_are_over_are_not_probed_again_before_their_state_changes(tmp_path, probed):
+    study = StudyLayout(tmp_path)
+    one, two, three = (study.trial(number) for number in (1, 2, 3))
+    for trial, state in ((one, "complete"), (two, "complete"), (three, "training")):
+        trial.folder.mkdir()
+        write_documents(trial, state)
+
+    def look() -> tuple[str | None, list[str]]:
+        probed.clear()
+        return training_in_the_way(study, "defer"), probed
+
+    with FileLock(one.trainer_lock):
+        assert look() == ("trial_0001", ["trial_0003", "trial_0002", "trial_0001"]), "over, and its trainer still lives"
+        assert look() == ("trial_0001", ["trial_0001"]), "the last one first"
+    assert look() == (None, ["trial_0001", "trial_0003"])
+    assert look() == (None, ["trial_0003"])
+    write_documents(two, "training")
+    with FileLock(two.trainer_lock):
+        assert look() == ("trial_0002", ["trial_0003", "trial_0002"]), "it was started again"
+    two.folder.rename(tmp_path / "elsewhere")
+    three.trainer_lock.symlink_to("trainer.lock")
+    assert look() == (None, ["trial_0002", "trial_0003"]), "one that cannot be opened is nobody's we know of"
 
 
 # ------------------------------------------------------------------------------- the gate, on a card that is only told

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from evaluator_daemon import job as job_module
+from evaluator_daemon.gpu_policy import policy_of
 from evaluator_daemon.job import adopt_run, find_job, read_run
 from evaluator_daemon.settings import EvaluatorSettings
-from shared.errors import StudyMismatchError
-from shared.files import write_model
+from shared.errors import StudyMismatchError, UnreadableFileError
+from shared.files import read_kept, read_model, write_model
 from shared.layout import StudyLayout
 from shared.planning import make_plan
 from shared.prompts import read_prompt_file
+from shared.schemas import Run
 from shared.settings import LoadedSettings
 from tests.evaluator_daemon.test_gpu_policy import run_of
 
@@ -82,3 +85,24 @@ def test_a_study_that_contradicts_a_flag_is_refused_with_both_values(study, base
     begin_study(study, base_model, tmp_path)
     with pytest.raises(StudyMismatchError, match=message):
         adopt_run(loaded, study, job, read_run(study))
+
+
+def test_the_run_is_read_again_only_when_its_file_has_changed(study, base_model, tmp_path, monkeypatch):
+    reads: list[Path] = []
+    monkeypatch.setattr(job_module, "read_kept", lambda path, model: reads.append(path) or read_kept(path, model))
+    assert read_run(study) is None
+    begin_study(study, base_model, tmp_path)
+    reads.clear()
+    assert read_run(study) is read_run(study)
+    assert policy_of(study, "defer") == "defer"
+    assert len(reads) == 1
+    write_model(study.run, read_model(study.run, Run).model_copy(update={"status": "finished"}))
+    assert read_run(study).status == "finished"
+    assert len(reads) == 2
+    study.run.write_text("{}")
+    for _ in range(2):
+        with pytest.raises(UnreadableFileError):
+            read_run(study)
+    assert policy_of(study, "defer") == "defer"
+    study.run.unlink()
+    assert read_run(study) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -174,3 +175,52 @@ def test_full_sweeps_that_lost_events_demand_keep_a_distance(post):
     post.now_s -= 30.0 - LOST_EVENTS_GAP_S / 2
     assert "trial_0003!" not in post.sweep()
     assert "trial_0003!" in post.sweep(), "but it is not forgotten"
+
+
+def a_lock_that_cannot_be_opened(folder: Path) -> Path:
+    (folder / "trainer.lock").unlink(missing_ok=True)
+    (folder / "trainer.lock").symlink_to("trainer.lock")
+    return folder / "trainer.lock"
+
+
+def a_state_that_cannot_be_read(folder: Path) -> Path:
+    (folder / "trial_state.json").unlink()
+    (folder / "trial_state.json").mkdir()
+    return folder / "trial_state.json"
+
+
+def test_a_folder_that_cannot_be_read_is_said_once_passed_over_and_looked_at_again(post, caplog):
+    folder = post.study.trial(2).folder
+    for spoil in (a_lock_that_cannot_be_opened, a_state_that_cannot_be_read):
+        spoiled = spoil(folder)
+        (post.study.trial(3).folder / f"{spoil.__name__}.safetensors").write_bytes(b"x")
+        assert post.sweep() == ["trial_0003!"], "the other trials are looked at"
+        assert post.sweep_in_full() == ["trial_0003!"]
+        (line,) = [record for record in caplog.records if record.message == "folder passed over"]
+        assert line.fields["folder"] == folder
+        assert str(spoiled) in line.fields["why"], "and the new reason is said again"
+        caplog.clear()
+        if spoil is a_lock_that_cannot_be_opened:
+            spoiled.unlink()
+    spoiled.rmdir()
+    write_documents(post.study.trial(2), "complete")
+    assert post.sweep() == ["trial_0002", "trial_0003!"]
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(116, "Stale file handle")])
+def test_a_failing_disk_or_mount_ends_no_sweep_and_makes_no_trial_gone(post, monkeypatch, error):
+    real, failing = os.scandir, {str(post.study.root), str(post.study.trial(2).folder)}
+
+    def scandir(path):
+        if str(path) in failing:
+            raise error
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)  # no disk can be had that fails so
+    (post.study.trial(3).folder / "new.safetensors").write_bytes(b"x")
+    post.sweep_in_full()
+    assert sorted(post.lookout.names) == ["trial_0001", "trial_0002", "trial_0003"]
+    failing.remove(str(post.study.root))
+    assert post.sweep_in_full() == ["trial_0003!"]
+    failing.clear()
+    assert "trial_0002" in post.sweep_in_full()

@@ -77,17 +77,24 @@ def test_a_file_is_open_until_exactly_these_bytes_have_a_verdict(records, is_ope
     assert [f.name for f in open_files(trial(files=[file()], records=records))] == ["lora_trial_1-000002"] * is_open
 
 
+THEN_S = TIME.timestamp()
+
+
 @pytest.mark.parametrize(
-    ("changed_s", "is_open"),
+    ("seen_s", "changed_s", "is_open"),
     [
-        pytest.param(TIME.timestamp() - 1, False, id="nothing has changed since the verdict"),
-        pytest.param(TIME.timestamp() + 1, True, id="its mode, its owner or its name has"),
+        pytest.param(THEN_S + 3600, THEN_S + 3600, False, id="nothing has changed, and our clock is behind the file's"),
+        pytest.param(THEN_S - 3600, THEN_S - 1800, True, id="its mode has, and our clock is ahead of the file's"),
+        pytest.param(THEN_S, THEN_S - 1, True, id="the file's clock was set back, and its mode has changed"),
+        pytest.param(None, THEN_S - 1, False, id="an old record: nothing has changed since the verdict"),
+        pytest.param(None, THEN_S + 1, True, id="an old record: its mode, its owner or its name has"),
     ],
 )
 @pytest.mark.parametrize("code", ["unreadable", "not_finite"])
-def test_a_file_that_could_not_be_read_is_open_again_after_a_chmod(code, changed_s, is_open):
+def test_a_file_that_could_not_be_read_is_open_again_after_a_chmod(code, seen_s, changed_s, is_open):
     verdict = Quarantine(code=code, reason="x", since=TIME)
-    view = trial(files=[file(changed_s=changed_s)], records=[record(status="quarantined", quarantine=verdict)])
+    known = record(status="quarantined", quarantine=verdict, changed_s=seen_s)
+    view = trial(files=[file(changed_s=changed_s)], records=[known])
     assert bool(open_files(view)) is (is_open and code == "unreadable")
 
 

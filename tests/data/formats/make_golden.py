@@ -292,6 +292,7 @@ def _of_the_evaluator() -> dict[str, BaseModel]:
                     epoch=3,
                     size=1024,
                     modified_ns=1763174018120000000,
+                    changed_s=1763174018.1234567,
                     status="quarantined",
                     quarantine=s.Quarantine(
                         code="overlap", reason="two tensors share bytes 512 to 1024", since=at("10:33:40")
