@@ -18,7 +18,7 @@ from typing import Literal
 from evaluator_daemon.job import Job
 from evaluator_daemon.process import DEFERRED, PRELOADED, run_evaluator_process, run_label_process, wake_on_news
 from evaluator_daemon.restarts import BREAKER_S, Restarts
-from evaluator_daemon.sweep import SETTLED, TrialView
+from evaluator_daemon.sweep import TrialView
 from shared.failpoints import reach
 from shared.layout import StudyLayout
 from shared.logs import log_change
@@ -34,8 +34,8 @@ class RunningEvaluator:
     """One evaluator process.
 
     Args:
-        settled: settled checkpoints of its trial when it was first seen; None until then.
-        has_settled: there are more by now.
+        recorded: recorded checkpoints of its trial when it was first seen; None until then.
+        has_recorded: there are more by now.
         handled: asked to end.
         deferred: others need the device now.
     """
@@ -43,8 +43,8 @@ class RunningEvaluator:
     process: ForkServerProcess
     messages: Connection
     started: datetime
-    settled: int | None = None
-    has_settled: bool = False
+    recorded: int | None = None
+    has_recorded: bool = False
     handled: bool = False
     deferred: bool = False
 
@@ -116,15 +116,15 @@ class Evaluators:
         return self.restarts.may_start(name, time.monotonic(), running=len(self._running))
 
     def note(self, trial: TrialView) -> None:
-        """See whether a trial's evaluator gets anything done."""
+        """See whether a trial's evaluator gets anything done; a quarantine may be the same fault once more."""
         running = self._running.get(trial.name)
         if running is None:
             return
-        settled = sum(record.status in SETTLED for record in trial.records)
-        if running.settled is None:
-            running.settled = settled
-        elif settled > running.settled:
-            running.settled, running.has_settled = settled, True
+        recorded = sum(record.status == "recorded" for record in trial.records)
+        if running.recorded is None:
+            running.recorded = recorded
+        elif recorded > running.recorded:
+            running.recorded, running.has_recorded = recorded, True
             self.restarts.progressed()
             self._said_broken = False
 
@@ -157,7 +157,7 @@ class Evaluators:
                 code,
                 time.monotonic(),
                 asked_to=running.handled,
-                settled=running.has_settled,
+                settled=running.has_recorded,
                 chance=random.random(),
             )
             level = logging.INFO if code == 0 or running.handled else logging.WARNING

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from evaluator_daemon.admission import Looks, admit, half_network, is_usual_network, require_own_network, standing
-from evaluator_daemon.gpu_policy import POLICY_LOOK_S, pause_s
+from evaluator_daemon.gpu_policy import POLICY_LOOK_S
 from evaluator_daemon.job import Job
 from evaluator_daemon.pictures import AppliedLora, descriptions, read_pictures, write_pictures
 from evaluator_daemon.places import Place, TrialPlace
@@ -30,6 +30,7 @@ from shared.errors import (
     IncompleteCheckpointError,
     LabError,
     RefusedCheckpointError,
+    ResourceError,
     Stopped,
 )
 from shared.failpoints import reach
@@ -146,7 +147,7 @@ class Evaluator:
         """Evaluate everything that is there, looking at the folder again after each; end the service when done."""
         try:
             self._sweep(watch=watch)
-        except (DiskError, FileNotFoundError):
+        except (ResourceError, FileNotFoundError):
             if self.place.is_there():
                 raise
             log_change(_log, "the folder is gone", folder=self.place.evaluations.folder.parent)
@@ -164,7 +165,7 @@ class Evaluator:
                 if not watch or (is_over(view, self.job.idle_timeout_s) and not open_files(view)):
                     self._service.stop()
                 self._go_on()
-                self.model.rest()
+                self.model.rest(over=self._service.stopping)
                 return
             if training := self.model.held_back():
                 self.model.give_back()
@@ -177,7 +178,7 @@ class Evaluator:
                     if not self.evaluate(todo[0], view):
                         looked_at.add(todo[0].name)
             except DeviceBusyError as error:
-                self._defer(str(error), pause_s(self._deferrals))
+                self._defer(str(error), self.model.pause_s(self._deferrals))
                 self._deferrals += 1
                 return
             self._go_on()
@@ -258,6 +259,7 @@ class Evaluator:
         self, record: CheckpointRecord, checkpoint: Checkpoint, layout: LoraLayout, params: TrialParams | None
     ) -> bool:
         with self.model.turn():
+            self.model.make_ready()  # before the attempt is written: what fails here is no checkpoint's fault
             return self._attempt_now(record, checkpoint, layout, params)
 
     def _attempt_now(
@@ -281,13 +283,18 @@ class Evaluator:
             shutil.rmtree(self.place.evaluations.checkpoint(record.checkpoint).folder, ignore_errors=True)
             self.memory.withdraw_attempt(record)
             raise
-        except DeviceBusyError:
-            self.memory.withdraw_attempt(record)
-            raise
-        except LabError as error:  # a stop, or something the checkpoint is not to blame for
+        except Stopped as error:
             self.memory.end_attempt(record, "interruption", str(error))
             log_change(_log, "interruption", checkpoint=record.checkpoint, reason=error)
             raise
+        except LabError as error:  # of the device, the study or the settings: says nothing about the checkpoint
+            if not isinstance(error, DeviceBusyError):
+                log_change(_log, "attempt withdrawn", checkpoint=record.checkpoint, reason=error)
+            self.memory.withdraw_attempt(record)
+            raise
+        except MemoryError as error:
+            self.memory.withdraw_attempt(record)
+            raise ResourceError("this machine's memory ran out; free some, evaluations go on then") from error
         except Exception as error:
             self.memory.end_attempt(record, "strike", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
             _log.exception("strike checkpoint=%s", record.checkpoint)

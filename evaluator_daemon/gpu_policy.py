@@ -17,10 +17,19 @@ from shared.schemas import TERMINAL_STATES, EvaluationPlan, TrialState
 
 POLICY_LOOK_S = 2.0
 """How late the end of a training is seen under `defer`; looking costs a few lock probes."""
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 300.0
+QUEUE_PAUSE_S = 1.0
+"""How long to leave the queue for another evaluator's turn to end."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 15.0
+"""Between two looks at the memory, which cost next to nothing."""
+REFUSALS_BEFORE_A_TRY = 20
+"""After so many looks at a card on which nothing changes, some five minutes, the attempt tells more."""
+TRIES_ON_A_FREE_CARD = 3
+"""Memory that runs out so often, while others have little and always the same of it, will do so again."""
 
 _MARGIN = 1.1  # of an estimate or a measurement: other programs breathe
 _CROWDED = 0.9  # with less of the card's memory than this to ourselves, others had some of it
+_MOST = 0.8  # of the card's memory: more than this is not waited for, a desktop or a CUDA context has the rest
+_SAME = 0.02  # of the card's memory: others have as much as before
 # Peak of one 512 x 512 picture in fp16, bytes per pixel: the VAE decodes one picture at a time in full size, the UNet
 # works on the whole batch at once, doubled by the guidance. Only used until a peak has been measured.
 _DECODING_PER_PIXEL = 2048
@@ -118,28 +127,67 @@ def picture_bytes(plan: EvaluationPlan) -> int:
     return largest
 
 
-def needed_bytes(weights: int, pictures: int, measured_peak: int | None, ran_out_with: int | None) -> int:
+@dataclass(frozen=True)
+class Repeated:
+    """How often in a row something happened while others had the same share of the card.
+
+    Args:
+        count: so often.
+        available: see `DeviceMemory.available`; the first time.
+    """
+
+    count: int = 0
+    available: int = 0
+
+    def still(self, memory: DeviceMemory) -> int:
+        """Return the count, 0 where others have another share by now."""
+        return self.count if abs(memory.available - self.available) <= _SAME * memory.total else 0
+
+    def once_more(self, memory: DeviceMemory) -> Repeated:
+        """Return it with what happened just now."""
+        count = self.still(memory)
+        return Repeated(count + 1, self.available if count else memory.available)
+
+
+def needed_bytes(weights: int, pictures: int, measured_peak: int | None) -> int:
     """Return how much must be available before the model is loaded or a checkpoint is taken up.
 
     Args:
         weights: of everything that is loaded, in the plan's number format.
         pictures: see `picture_bytes`.
         measured_peak: of the latest checkpoint; it replaces the estimate.
+    """
+    return int((measured_peak if measured_peak is not None else weights + pictures) * _MARGIN)
+
+
+def lacks_memory(
+    memory: DeviceMemory, needed: int, *, weights: int = 0, ran_out_with: int | None = None, refusals: int = 0
+) -> str | None:
+    """Say why the memory does not suffice now; None when it does, or when only the attempt can tell.
+
+    The need is an estimate, or was measured when there was plenty. So nobody waits for more than a card ever gives
+    beside a desktop, and where nothing changes for long it is tried.
+
+    Args:
+        weights: with less than this available the attempt would only disturb the others.
         ran_out_with: what was available when the memory last ran out; that much is too little.
+        refusals: how often in a row this has been refused, others having the same share all that time.
     """
-    needed = measured_peak if measured_peak is not None else weights + pictures
-    return int(max(needed, ran_out_with or 0) * _MARGIN)
-
-
-def lacks_memory(memory: DeviceMemory, needed: int) -> str | None:
-    """Say why the memory does not suffice now; None when it does.
-
-    What a card cannot give even when it is empty is tried all the same where it has the card to itself: the need is an
-    estimate, and only the attempt tells.
-    """
-    if memory.available >= needed or has_it_to_ourselves(memory):
+    wanted = min(needed, int(_MOST * memory.total))
+    if ran_out_with is not None:
+        wanted = max(wanted, int(ran_out_with * _MARGIN))
+    if memory.available >= wanted or has_it_to_ourselves(memory):
         return None
-    return f"{memory.available / 2**30:.1f} GiB of its memory are free, about {needed / 2**30:.1f} GiB are needed"
+    if refusals >= REFUSALS_BEFORE_A_TRY and memory.available >= weights:
+        return None
+    return f"{memory.available / 2**30:.1f} GiB of its memory are free, about {wanted / 2**30:.1f} GiB are needed"
+
+
+def is_too_small(memory: DeviceMemory, ran_out: Repeated) -> bool:
+    """Whether the memory that ran out will not suffice later either, so that waiting is no use."""
+    if has_it_to_ourselves(memory):
+        return True
+    return memory.available >= _MOST * memory.total and ran_out.count >= TRIES_ON_A_FREE_CARD
 
 
 def has_it_to_ourselves(memory: DeviceMemory) -> bool:
@@ -148,5 +196,5 @@ def has_it_to_ourselves(memory: DeviceMemory) -> bool:
 
 
 def pause_s(deferrals: int) -> float:
-    """How long to wait after the n-th deferral in a row, n counted from 0: 5, 10, 20, ... 300 s."""
+    """How long to wait for memory after the n-th deferral in a row, n counted from 0: 5, 10, 15, 15, ... s."""
     return float(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(deferrals, 10)))

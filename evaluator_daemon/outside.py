@@ -18,7 +18,7 @@ from evaluator_daemon.pictures import descriptions, write_pictures
 from evaluator_daemon.places import LabelPlace
 from evaluator_daemon.recording import now
 from evaluator_daemon.reference import BASE
-from shared.errors import DiskError, LabError, StudyMismatchError, UserError
+from shared.errors import DiskError, StudyMismatchError, UserError
 from shared.files import write_model
 from shared.layout import LabelLayout, StudyLayout
 from shared.locks import FileLock
@@ -122,6 +122,8 @@ def _record_base(evaluator: Evaluator, layout: LabelLayout) -> None:
     known = memory.record_of(BASE, None)
     if known is not None and known.status == "recorded" and memory.has_results(known):
         return
+    started = now()
+    reference = evaluator.model.base()  # what fails here is the machine's fault, no attempt
     record = CheckpointRecord(
         checkpoint=BASE,
         checkpoint_sha256=None,
@@ -130,14 +132,9 @@ def _record_base(evaluator: Evaluator, layout: LabelLayout) -> None:
         size=0,
         modified_ns=0,
         status="evaluating",
-        attempts=(Attempt(started=now(), outcome="running"),),
+        attempts=(Attempt(started=started, outcome="running"),),
     )
     memory.put(record)
-    try:
-        reference = evaluator.model.base()
-    except LabError as error:
-        memory.end_attempt(record, "interruption", str(error))
-        raise
     render = layout.checkpoint(BASE)
     write_pictures(render, reference.pictures, descriptions(evaluator.job, None))
     write_model(render.metrics, reference.metrics.model_copy(update={"trial_name": layout.folder.name}))

@@ -16,7 +16,7 @@ from evaluator_daemon.metrics.base import MetricSource, Picture, RenderedSet
 from evaluator_daemon.pictures import descriptions, read_pictures, write_pictures
 from evaluator_daemon.recording import now
 from evaluator_daemon.renderers.base import OnStep, Renderer
-from shared.errors import StudyMismatchError
+from shared.errors import DiskError, StudyMismatchError
 from shared.files import write_model
 from shared.layout import RenderLayout, StudyLayout
 from shared.locks import FileLock
@@ -42,11 +42,15 @@ def find_reference(job: Job, renderer: Renderer, sources: Sequence[MetricSource]
     """Return the recorded reference, made by whichever evaluator comes first; others wait for it.
 
     Raises:
+        DiskError: the study's reference folder cannot be made.
         StudyMismatchError: the recorded one came from other libraries or another device, and rendering it again gives
             other pictures, so new scores would not be comparable.
     """
     study = StudyLayout(job.root)
-    study.reference.mkdir(exist_ok=True)
+    try:
+        study.reference.mkdir(exist_ok=True)
+    except OSError as error:
+        raise DiskError(study.reference, error) from error
     lock = FileLock(study.reference / ".lock")
     while not lock.try_acquire(timeout_s=0.5):
         on_step()

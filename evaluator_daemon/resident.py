@@ -6,29 +6,34 @@ Loaded for the first checkpoint, so that a process that only waits costs little.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 from evaluator_daemon.admission import half_network
-from evaluator_daemon.gpu import DeviceGate, free_everything, is_out_of_memory
-from evaluator_daemon.gpu_policy import pause_s
+from evaluator_daemon.gpu import DeviceGate, free_everything
+from evaluator_daemon.gpu_policy import QUEUE_PAUSE_S, pause_s
 from evaluator_daemon.job import Job
 from evaluator_daemon.measuring import gate_of, measure, scores_of
-from evaluator_daemon.metrics import METRICS
-from evaluator_daemon.metrics.base import MetricSource, Picture, RenderedSet
+from evaluator_daemon.metrics import load_metrics
+from evaluator_daemon.metrics.base import MetricSource, Picture, RenderedSet, drop_networks
 from evaluator_daemon.recording import now
 from evaluator_daemon.reference import Reference, find_reference, samples_of
 from evaluator_daemon.renderers import RENDERERS
-from evaluator_daemon.renderers.base import Renderer
-from shared.errors import DeviceBusyError, DeviceMemoryError
+from evaluator_daemon.renderers.base import Renderer, is_out_of_memory
+from shared.errors import DeviceBusyError, DeviceMemoryError, DiskError, ResourceError
 from shared.logs import log_change
 from shared.safetensors_file import Checkpoint, LoraLayout
 from shared.schemas import Metrics, PhaseSeconds
-from shared.scoring_presets import metrics_of
 
 _LOOK_S = 0.5
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -90,14 +95,33 @@ class ResidentModel:
         if self._renderer is not None:
             self._drop()
 
-    def rest(self) -> None:
-        """Nothing is left to do for now: a GPU's memory is the training's until there is."""
-        if self._gate.is_gpu:
-            self.give_back()
+    def rest(self, *, over: bool = False) -> None:
+        """Nothing is left to do for now: under `defer`, and where memory is short, it is the training's until there is.
+
+        Args:
+            over: nor will there be anything later.
+        """
+        if self._gate.is_gpu and self._renderer is not None and (over or not self._gate.may_keep_model()):
+            self._drop()
+
+    def pause_s(self, deferrals: int) -> float:
+        """How long to leave the device alone after it was refused the n-th time in a row, n counted from 0."""
+        return QUEUE_PAUSE_S if self._gate.queues else pause_s(deferrals)
 
     def _drop(self) -> None:
         self._renderer, self._sources = None, []
+        drop_networks()
         free_everything(self._job.device)
+
+    def make_ready(self) -> None:
+        """Load the model and the metrics, and find the base model's pictures: what fails here is no checkpoint's fault.
+
+        Raises:
+            DiskError: there is no room for the base model's pictures.
+            DeviceBusyError, ResourceError, SettingsError, StudyMismatchError, Stopped: as `judge`, or a file is gone.
+        """
+        with self.turn(patient=True):
+            self._within_memory(self._ready)
 
     def judge(
         self,
@@ -121,17 +145,21 @@ class ResidentModel:
             Stopped: by `stop_if_asked`.
         """
         with self.turn(patient=True):
-            try:
-                judgement = self._judge(checkpoint, layout, of=of, epoch=epoch, is_usual=is_usual)
-            except Exception as error:
-                if not isinstance(error, DeviceMemoryError) and not is_out_of_memory(error):
-                    raise
-                reason = str(error).partition("\n")[0]
-            else:
-                self._gate.note_success()
-                return judgement
-            self._drop()  # outside the except: the traceback holds the tensors, of a model half loaded too
-            raise self._gate.after_running_out(reason)
+            judgement = self._within_memory(
+                lambda: self._judge(checkpoint, layout, of=of, epoch=epoch, is_usual=is_usual)
+            )
+            self._gate.note_success()
+            return judgement
+
+    def _within_memory(self, work: Callable[[], T]) -> T:
+        try:
+            return work()
+        except Exception as error:
+            if not isinstance(error, DeviceMemoryError) and not is_out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0] or "memory ran out"
+        self._drop()  # outside the except: the traceback holds the tensors, of a model half loaded too
+        raise self._gate.after_running_out(reason)
 
     def _judge(
         self, checkpoint: Checkpoint, layout: LoraLayout, *, of: str, epoch: int | None, is_usual: bool
@@ -175,7 +203,7 @@ class ResidentModel:
             DeviceBusyError, ResourceError, StudyMismatchError, Stopped: as `judge`.
         """
         with self.turn(patient=True):
-            return self._ready()[1]
+            return self._within_memory(self._ready)[1]
 
     def _enter(self, *, patient: bool) -> None:
         deferrals = 0
@@ -183,12 +211,11 @@ class ResidentModel:
             try:
                 return self._gate.enter()
             except DeviceBusyError as error:
-                self.give_back()
                 if not patient:
                     raise
                 if deferrals == 0:
                     log_change(_log, "deferred", reason=error)
-            until = time.monotonic() + pause_s(deferrals)
+            until = time.monotonic() + self.pause_s(deferrals)
             deferrals += 1
             while time.monotonic() < until:
                 self._stop_if_asked()
@@ -196,9 +223,21 @@ class ResidentModel:
 
     def _ready(self) -> tuple[Renderer, Reference]:
         """Load what rendering and measuring need, once."""
-        if self._renderer is None:
-            self._renderer = RENDERERS.load("diffusion")(self._job)
-            self._sources = [METRICS.load(name)(self._job) for name in metrics_of(self._job.plan)]
-        if self._reference is None:
-            self._reference = find_reference(self._job, self._renderer, self._sources, self._stop_if_asked)
+        try:
+            if self._renderer is None:
+                renderer = RENDERERS.load("diffusion")(self._job)
+                self._sources = load_metrics(self._job)
+                self._renderer = renderer
+            if self._reference is None:
+                self._reference = find_reference(self._job, self._renderer, self._sources, self._stop_if_asked)
+        except OSError as error:
+            raise _fault_of_the_machine(error, self._job.base_model) from error
         return self._renderer, self._reference
+
+
+def _fault_of_the_machine(error: OSError, folder: Path) -> ResourceError:
+    """Return what an error while files are read or made means: it may be over later."""
+    path = Path(error.filename) if error.filename else folder
+    if error.errno in _DISK:
+        return DiskError(path, error)
+    return ResourceError(f"{path}: {error.strerror or error}; put it back or make it readable, evaluations go on then")

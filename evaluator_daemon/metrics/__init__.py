@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Protocol, cast
 
 from evaluator_daemon.job import Job
-from evaluator_daemon.metrics.base import Facts, MetricSource
+from evaluator_daemon.metrics.base import Facts, MetricSource, require_planned, why_no_clip, why_no_dino
 from shared.metric_names import Inputs
 from shared.registry import Registry
+from shared.scoring_presets import metrics_of
 
 
 class MetricPlugin(Protocol):
@@ -35,6 +36,23 @@ METRICS: Registry[Callable[[Job], MetricSource]] = Registry(
         "style_distance": "evaluator_daemon.metrics.style_distance:StyleDistance",
     },
 )
+
+
+def load_metrics(job: Job) -> list[MetricSource]:
+    """Return what the plan measures with, ready for use.
+
+    Raises:
+        ResourceError: a network that the plan was made with is not there any more, or cannot be loaded now.
+        StudyMismatchError: a picture that is compared with is not what the study began with.
+    """
+    why_not = {
+        "clip_digest": why_no_clip,
+        "dino_digest": why_no_dino,
+        "lpips_digest": plugin("lpips_diversity").why_not,
+    }
+    for identity, look in why_not.items():
+        require_planned(job, identity, look(job))
+    return [METRICS.load(name)(job) for name in metrics_of(job.plan)]
 
 
 def plugin(name: str) -> MetricPlugin:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from statistics import fmean, pstdev
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import SettingsError
+from evaluator_daemon.job import Job
+from shared.errors import ResourceError, SettingsError
 from shared.metric_names import Inputs
 from shared.model_folders import require_clip_model, require_dino_model
 from shared.schemas import Metric
@@ -88,6 +89,39 @@ class MetricSource(Protocol):
 
     def measure(self, rendered: RenderedSet) -> dict[str, Metric]:
         """Return each quantity by name; one that cannot be computed is unavailable with its reason."""
+
+
+_networks: dict[tuple[object, ...], object] = {}
+N = TypeVar("N")
+
+
+def loaded_once(key: tuple[object, ...], load: Callable[[], N]) -> N:
+    """Return a network that several metrics share, loaded for the first of them; a failure is not remembered.
+
+    Args:
+        key: what tells it from every other network.
+    """
+    if key not in _networks:
+        _networks[key] = load()
+    return cast("N", _networks[key])
+
+
+def drop_networks() -> None:
+    """Forget every loaded network; its memory is free as soon as no metric holds it."""
+    _networks.clear()
+
+
+def require_planned(job: Job, identity: str, why_not: str) -> None:
+    """Refuse to go on without a network that the plan was made with: the scores would not be comparable.
+
+    Args:
+        identity: its name among the plan's scoring values, such as clip_digest.
+        why_not: why it cannot be used, "" where it can.
+    Raises:
+        ResourceError: it cannot, and the plan has it.
+    """
+    if why_not and job.plan.scoring.values.get(identity) is not None:
+        raise ResourceError(f"{why_not}; the study was started with it: put it back, evaluations go on then")
 
 
 def measured(

@@ -18,6 +18,7 @@ from evaluator_daemon.metrics.base import (
     RenderedSet,
     all_unavailable,
     measured,
+    require_planned,
     unavailable,
     why_no_package,
 )
@@ -53,6 +54,7 @@ class LpipsDiversity:
 
             assert job.lpips_weights is not None
             self._network, self._why_not = load_lpips(job.lpips_weights, job.device)
+            require_planned(job, "lpips_digest", self._why_not)
 
     @staticmethod
     def why_not(inputs: Inputs) -> str:

@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evaluator_daemon.metrics.base import Picture
+from evaluator_daemon.metrics.base import Picture, loaded_once
+from evaluator_daemon.renderers.base import is_out_of_memory
 from shared.metric_names import is_random_backbone
 
 # one layer that only this backbone has, and its shape -> the package's name for it
@@ -24,6 +25,10 @@ _BACKBONES = {
     "vgg": ("features.28.weight", (512, 512, 3, 3)),
     "squeeze": ("features.3.squeeze.weight", (16, 64, 1, 1)),
 }
+
+
+# of a file that was cut short or is something else, the unpickler complains in any of these ways
+_DAMAGED = (OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError, pickle.UnpicklingError)
 
 
 class LpipsNetwork:
@@ -74,27 +79,20 @@ class LpipsNetwork:
         return [lpips.normalize_tensor(output) for output in outputs]
 
 
-_loaded: dict[tuple[str, str], tuple[LpipsNetwork | None, str]] = {}
-
-
 def load_lpips(file: Path, device: str) -> tuple[LpipsNetwork | None, str]:
     """Return the network with the backbone of a torchvision file, or None and why it cannot be used.
 
     Args:
         file: weights of AlexNet, VGG16 or SqueezeNet 1.1 as torchvision distributes them, or the word "random".
     """
-    key = (str(file), device)
-    if key not in _loaded:
-        _loaded[key] = _load(file, device)
-    return _loaded[key]
-
-
-def _load(file: Path, device: str) -> tuple[LpipsNetwork | None, str]:
+    key = ("LPIPS", file, device)
     if is_random_backbone(file):
-        return LpipsNetwork("alex", None, device), ""
+        return loaded_once(key, lambda: LpipsNetwork("alex", None, device)), ""
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except _DAMAGED as error:
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         return None, f"--lpips-weights {file} cannot be read ({reason}); download it again"
     kind = _kind_of(weights)
@@ -104,8 +102,10 @@ def _load(file: Path, device: str) -> tuple[LpipsNetwork | None, str]:
             "name such a file"
         )
     try:
-        return LpipsNetwork(kind, weights, device), ""
+        return loaded_once(key, lambda: LpipsNetwork(kind, weights, device)), ""
     except (KeyError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         return None, f"--lpips-weights {file} lacks parts of {kind} ({reason}); download it again"
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import AutoModel, BitImageProcessor, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from evaluator_daemon.job import Job
-from evaluator_daemon.metrics.base import Picture
+from evaluator_daemon.metrics.base import Picture, loaded_once, require_planned
+from shared.errors import DiskError
 from shared.files import write_bytes
 from shared.held_out import require_unchanged
 from shared.layout import StudyLayout
@@ -75,22 +76,30 @@ class Clip:
         """What CLIP was trained to multiply its cosines with before a softmax."""
         self._texts: dict[str, Tensor] = {}
         self._kept = _Kept(2)  # a checkpoint's pictures and the base model's
+        self._sees_layers = False
 
     def embed(self, pictures: Sequence[Picture]) -> Tensor:
-        return self.look(pictures)[0]
+        return self._look(pictures)[0]
+
+    def moments(self, pictures: Sequence[Picture]) -> Tensor:
+        """Return (n, layers, 2, channels) float64 on the CPU: see `channel_moments`."""
+        if not self._sees_layers:  # most studies ask for embeddings alone
+            self._sees_layers = True
+            self._kept = _Kept(2)
+        found = self._look(pictures)[1]
+        assert found is not None
+        return found
 
     @torch.inference_mode()
-    def look(self, pictures: Sequence[Picture]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the embeddings, and the patch tokens (n, patches, d) after each layer, the patch embedding first."""
+    def _look(self, pictures: Sequence[Picture]) -> tuple[Tensor, Tensor | None]:
+        """Return the embeddings, and the early layers' moments where somebody has asked for them."""
 
-        def compute() -> tuple[Tensor, tuple[Tensor, ...]]:
+        def compute() -> tuple[Tensor, Tensor | None]:
             pixels = self._images(images=list(pictures), return_tensors="pt").pixel_values.to(self._device)
-            out = self._model.vision_model(pixel_values=pixels, output_hidden_states=True)
+            out = self._model.vision_model(pixel_values=pixels, output_hidden_states=self._sees_layers)
             embedding = self._model.visual_projection(out.pooler_output)
-            return (
-                torch.nn.functional.normalize(embedding, dim=1),
-                tuple(state[:, 1:] for state in out.hidden_states),  # the first token is the class
-            )
+            moments = _moments(out.hidden_states) if self._sees_layers else None
+            return torch.nn.functional.normalize(embedding, dim=1), moments
 
         return self._kept.get(pictures, compute)
 
@@ -137,31 +146,36 @@ class Dino:
         return self._kept.get(pictures, compute)
 
 
-_loaded: dict[tuple[str, str, str, str], tuple[Any, str]] = {}
-
-
 def clip_of(job: Job) -> tuple[Clip | None, str]:
-    """Return the job's CLIP, one for all metrics of the process, or None and why it cannot be loaded."""
-    return _load(Clip, "CLIP", job.clip_model, str(job.plan.scoring.values.get("clip_digest", "")), job.device)
+    """Return the job's CLIP, one for all metrics of the process, or None and why it cannot be loaded.
+
+    Raises:
+        ResourceError: it cannot be, and the plan was made with it.
+    """
+    return _load(Clip, "CLIP", job.clip_model, "clip_digest", job)
 
 
 def dino_of(job: Job) -> tuple[Dino | None, str]:
-    """Return the job's DINOv2, one for all metrics of the process, or None and why it cannot be loaded."""
-    return _load(Dino, "DINOv2", job.dino_model, str(job.plan.scoring.values.get("dino_digest", "")), job.device)
+    """Return the job's DINOv2, one for all metrics of the process, or None and why it cannot be loaded.
+
+    Raises:
+        ResourceError: it cannot be, and the plan was made with it.
+    """
+    return _load(Dino, "DINOv2", job.dino_model, "dino_digest", job)
 
 
 def _load(
-    network: Callable[[Path, str, str], E], name: str, folder: Path | None, digest: str, device: str
+    network: Callable[[Path, str, str], E], name: str, folder: Path | None, identity: str, job: Job
 ) -> tuple[E | None, str]:
     assert folder is not None, "why_not has seen that one is configured"
-    key = (name, str(folder), digest, device)
-    if key not in _loaded:
-        try:
-            _loaded[key] = (network(folder, digest, device), "")
-        except (OSError, ValueError, SafetensorError) as error:
-            why = f"the {name} in {folder} cannot be loaded: {' '.join(str(error).split())[:300]}"
-            _loaded[key] = (None, why)
-    return _loaded[key]
+    digest = str(job.plan.scoring.values.get(identity, ""))
+    try:
+        key = (name, folder, digest, job.device)
+        return loaded_once(key, lambda: network(folder, digest, job.device)), ""
+    except (OSError, ValueError, SafetensorError) as error:
+        why = f"the {name} in {folder} cannot be loaded: {' '.join(str(error).split())[:300]}"
+        require_planned(job, identity, why)
+        return None, why
 
 
 def read_picture(file: PictureFile) -> Picture:
@@ -185,7 +199,12 @@ def reference_embeddings(network: Embedder, pictures: Sequence[PictureFile], job
 def cached(
     what: str, pictures: Sequence[PictureFile], job: Job, compute: Callable[[], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """Return what was computed from the pictures before, else compute it and keep it in the study's reference/."""
+    """Return what was computed from the pictures before, else compute it and keep it in the study's reference/.
+
+    Raises:
+        DiskError: it cannot be kept.
+        StudyMismatchError: a picture is not what the study began with.
+    """
     if what.endswith(":"):
         return compute()
     identity = "\n".join([what, *(picture.sha256 for picture in pictures)])
@@ -197,7 +216,10 @@ def cached(
         pass  # not there yet, or damaged: made anew
     require_unchanged(pictures, "reference")
     found = compute()
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise DiskError(folder, error) from error
     write_bytes(file, save_tensors(found))
     return found
 
@@ -225,16 +247,22 @@ def reference_moments(clip: Clip, pictures: Sequence[PictureFile], job: Job) -> 
     return cached(f"moments:{clip.digest}", pictures, job, compute)["moments"]
 
 
-@torch.inference_mode()
 def channel_moments(clip: Clip, pictures: Sequence[Picture]) -> Tensor:
     """Return (n, layers, 2, channels) float64: mean and mean square over the patches, of CLIP's first layers.
 
     The patch embedding and the first half of the layers count: texture and colour, before the later layers speak of
     content.
     """
-    _, states = clip.look(pictures)
-    early = torch.stack(states[: (len(states) + 1) // 2], dim=1).double().cpu()
-    return torch.stack([early.mean(dim=2), early.square().mean(dim=2)], dim=2)
+    return clip.moments(pictures)
+
+
+def _moments(states: Sequence[Tensor]) -> Tensor:
+    """Reduce CLIP's hidden states (n, 1 + patches, channels), the patch embedding first, to `channel_moments`."""
+    found = []
+    for state in states[: (len(states) + 1) // 2]:
+        patches = state[:, 1:].double().cpu()  # the first token is the class
+        found.append(torch.stack([patches.mean(dim=1), patches.square().mean(dim=1)], dim=1))
+    return torch.stack(found, dim=1)
 
 
 def moments_distance(moments: Tensor, reference: Tensor) -> float:

@@ -30,6 +30,19 @@ class Rendering:
     batch_size: int
 
 
+_OUT_OF_MEMORY = ("out of memory", "_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
+"""What CUDA, cuBLAS, cuDNN and the CPU's allocator say, each in an error of another class."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory could not be got, on the device or for the CPU."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
 class Renderer(Protocol):
     """A resident base model that takes one LoRA at a time."""
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from evaluator_daemon.job import Job
-from evaluator_daemon.renderers.base import OnStep, Rendering
+from evaluator_daemon.renderers.base import OnStep, Rendering, is_out_of_memory
 from evaluator_daemon.renderers.families import TextEmbedding, load_family
 from evaluator_daemon.renderers.layer_names import LayerNames, component_of
 from evaluator_daemon.renderers.lora_layers import applied, require_used
@@ -89,8 +89,10 @@ class DiffusionRenderer:
         for batch_size in (self.plan.batch_size, max(1, self.plan.batch_size // 2)):
             try:
                 return Rendering(self._render_all(batch_size, on_step), batch_size)
-            except torch.OutOfMemoryError as error:
-                reason = str(error).partition("\n")[0]
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).partition("\n")[0] or type(error).__name__
             torch.cuda.empty_cache()  # outside the except: the traceback holds the tensors
         raise DeviceMemoryError(
             f"the {self.device_name} has too little memory for {batch_size} pictures at once ({reason}); free it, "

@@ -25,7 +25,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: F401  likewise
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 
-from shared.errors import SettingsError
+from shared.errors import ResourceError, SettingsError
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,17 @@ def load_family(folder: Path, dtype: torch.dtype) -> StableDiffusion:
 
     Raises:
         SettingsError: it is no pipeline of a known family, or cannot be loaded.
+        ResourceError: it is not there, or cannot be read.
     """
-    name = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
+    index = folder / "model_index.json"
+    try:
+        name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    except OSError as error:
+        raise ResourceError(
+            f"{index}: the base model cannot be read ({error.strerror}); put its folder back or make it readable"
+        ) from error
+    except ValueError as error:
+        raise SettingsError("--base-model", str(index), f"mend or copy that file again ({error})") from error
     if name not in FAMILIES:
         raise SettingsError(
             "--base-model", str(folder), f"{name} cannot be rendered; {' and '.join(sorted(FAMILIES))} can"

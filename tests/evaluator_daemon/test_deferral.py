@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluator_daemon import evaluator as evaluator_module
+from evaluator_daemon import resident
 from evaluator_daemon.evaluator import Evaluator
 from evaluator_daemon.gpu import DeviceGate
 from evaluator_daemon.job import Job
+from evaluator_daemon.places import TrialPlace
 from evaluator_daemon.renderers.diffusion import DiffusionRenderer
 from shared.errors import DeviceBusyError
 from shared.files import read_model
@@ -113,12 +114,12 @@ class Ran:
         self.said: list[str] = []
         self.service = Service()
         self.evaluator = Evaluator(
-            job, trial, self.service, lambda: self.said.append("news"), lambda: self.said.append("deferred")
+            job, TrialPlace(trial), self.service, lambda: self.said.append("news"), lambda: self.said.append("deferred")
         )
 
     @property
     def holds_model(self) -> bool:
-        return self.evaluator._model._renderer is not None
+        return self.evaluator.model._renderer is not None
 
 
 def runs_out(monkeypatch, *, times: int, from_batch: int = 1) -> list[int]:
@@ -148,18 +149,17 @@ def test_a_batch_that_does_not_fit_is_halved_once_and_that_is_recorded(base_mode
 def test_memory_that_others_have_is_waited_for_without_a_strike(base_model, trial, monkeypatch, caplog):
     caplog.set_level("INFO")
     pauses = []
-    monkeypatch.setattr(evaluator_module, "pause_s", lambda deferrals: pauses.append(deferrals) or 0.01)
+    monkeypatch.setattr(resident, "pause_s", lambda deferrals: pauses.append(deferrals) or 0.01)
     monkeypatch.setattr(DeviceGate, "after_running_out", lambda gate, reason: DeviceBusyError(reason))
     ran = Ran(job_of(base_model, trial), trial)
     tried = runs_out(monkeypatch, times=4)
     for turn in range(2):
         ran.evaluator.tick(watch=False)
         assert not ran.holds_model, "the memory is given back"
-        record = record_of(trial)
-        assert (record.status, record.attempts) == ("waiting", ()), "no strike, not even an attempt"
-        assert ran.said == ["news", "deferred"] * (turn + 1), "the manager shows what it does now"
+        assert not trial.evaluations.state.exists(), "no strike, not even an attempt"
+        assert ran.said == ["deferred"], "the manager shows what it does now"
         assert not ran.service.stopping
-        assert pauses == list(range(turn + 1)), "a growing pause"
+        assert pauses == list(range(turn + 1)), "each has its pause"
         time.sleep(0.02)
     ran.evaluator.tick(watch=False)
     assert tried == [2, 1, 2, 1, 2, 2]
@@ -169,9 +169,25 @@ def test_memory_that_others_have_is_waited_for_without_a_strike(base_model, tria
     assert ran.service.stopping
 
 
+def test_memory_that_runs_out_at_a_checkpoint_is_no_attempt_of_it(base_model, trial, monkeypatch):
+    monkeypatch.setattr(resident, "pause_s", lambda deferrals: 0.01)
+    monkeypatch.setattr(DeviceGate, "after_running_out", lambda gate, reason: DeviceBusyError(reason))
+    ran = Ran(job_of(base_model, trial), trial)
+    with ran.evaluator.model.turn():
+        ran.evaluator.model.make_ready()
+    runs_out(monkeypatch, times=2)
+    ran.evaluator.tick(watch=False)
+    assert not ran.holds_model, "the memory is given back"
+    assert (record_of(trial).status, record_of(trial).attempts) == ("waiting", ())
+    assert ran.said == ["news", "deferred"], "the manager shows what it does now"
+    time.sleep(0.02)
+    ran.evaluator.tick(watch=False)
+    assert [attempt.outcome for attempt in record_of(trial).attempts] == ["recorded"]
+
+
 def test_while_it_waits_it_does_not_look_at_the_folder_again(base_model, trial, monkeypatch):
     ran = Ran(job_of(base_model, trial), trial)
-    monkeypatch.setattr(evaluator_module, "pause_s", lambda deferrals: 3600.0)
+    monkeypatch.setattr(resident, "pause_s", lambda deferrals: 3600.0)
     monkeypatch.setattr(DeviceGate, "enter", lambda gate: (_ for _ in ()).throw(DeviceBusyError("a game has it")))
     ran.evaluator.tick(watch=False)
     monkeypatch.undo()
@@ -191,8 +207,8 @@ def test_one_who_asks_for_a_single_evaluation_waits_for_its_turn(base_model, tri
         real(gate)
 
     monkeypatch.setattr(DeviceGate, "enter", enter)
-    monkeypatch.setattr("evaluator_daemon.resident.pause_s", lambda deferrals: 0.01)
-    model = ran.evaluator._model
+    monkeypatch.setattr(resident, "pause_s", lambda deferrals: 0.01)
+    model = ran.evaluator.model
     with model.turn(patient=True), model.turn():
         pass
     lines = [LineFormatter().format(record) for record in caplog.records]
@@ -214,6 +230,7 @@ def test_a_policy_that_contradicts_the_study_is_refused_with_both_values(base_mo
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
-        "error: --gpu-policy is 'defer', but the study's run.json has 'share'; leave the flag out"
+        "error: --gpu-policy is 'defer', but the study's run.json has 'share'; leave the flag out "
+        "(only `evaluate FILE --override-plan` may differ)"
     )
     assert json.loads(study.run.read_text())["settings"] == {"gpu-policy": "share"}

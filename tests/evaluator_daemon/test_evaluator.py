@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import re
 import shutil
 import signal
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -15,17 +18,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluator_daemon.evaluator import evaluate_trial
+from evaluator_daemon.evaluator import Evaluator, evaluate_trial
 from evaluator_daemon.job import Job
+from evaluator_daemon.places import TrialPlace
 from evaluator_daemon.process import crash_text
 from evaluator_daemon.recording import Memory, changed, now
+from evaluator_daemon.resident import ResidentModel
 from evaluator_daemon.scoring import combined_score
-from shared.errors import DiskError, StudyMismatchError
+from evaluator_daemon.sweep import open_files
+from shared.errors import DiskError, ResourceError, SettingsError, Stopped, StudyMismatchError
 from shared.files import read_model, write_model
 from shared.layout import StudyLayout, TrialLayout
 from shared.logs import LineFormatter
 from shared.planning import make_plan
 from shared.schemas import Attempt, EvaluationState, EvaluationSummary, Metrics, TrialState
+from shared.service import Service
 from tests.evaluator_daemon.tiny_models import PROMPTS, TEXT_MODULES, UNET_MODULES, lora_bytes
 
 
@@ -297,7 +304,106 @@ def test_a_reference_of_other_libraries_must_show_the_same_picture(job, trial):
     with pytest.raises(StudyMismatchError, match="first sample differs"):
         evaluate_trial(moved, there.folder, watch=False)
     state = read_model(there.evaluations.state, EvaluationState)
-    assert {r.checkpoint: [a.outcome for a in r.attempts] for r in state.checkpoints}["b"] == ["interruption"]
+    assert "b" not in {r.checkpoint for r in state.checkpoints}, "not even an attempt"
+
+
+# ------------------------------------------------------------------------------- faults of the machine, of nobody's
+
+
+def moved_job(job: Job, tmp_path: Path, **changes: object) -> tuple[Job, TrialLayout]:
+    """The job in a study folder of its own, with copies of its models that can be taken away."""
+    models = {name: tmp_path / name for name in ("base_model", "clip_model")}
+    for name, folder in models.items():
+        shutil.copytree(getattr(job, name), folder)
+    trial = StudyLayout(tmp_path / "study").trial(1)
+    trial.folder.mkdir(parents=True)
+    trial.intermediate_checkpoint(2).write_bytes(lora_bytes(30))
+    return replace(job, root=tmp_path / "study", **{**models, **changes}), trial
+
+
+@pytest.mark.parametrize("model", ["base_model", "clip_model"])
+def test_a_model_that_is_lost_in_mid_study_leaves_no_trace_at_any_checkpoint(job, tmp_path, model):
+    job, trial = moved_job(job, tmp_path)
+    first = evaluate(job, trial)
+    trial.final_checkpoint.write_bytes(lora_bytes(31))
+    folder = getattr(job, model)
+    folder.rename(tmp_path / "unmounted")
+    for _ in range(3):
+        with pytest.raises(ResourceError, match=re.escape(str(folder))) as raised:
+            evaluate_trial(job, trial.folder, watch=False)
+        assert "put" in str(raised.value)
+    state = read_model(trial.evaluations.state, EvaluationState)
+    assert {record.checkpoint: record for record in state.checkpoints} == first
+    (tmp_path / "unmounted").rename(folder)
+    record = evaluate(job, trial)[trial.final_checkpoint.stem]
+    assert [attempt.outcome for attempt in record.attempts] == ["recorded"]
+    gate = metrics_of(trial, record.checkpoint).gate
+    assert gate.checks["clip_consistency"].limit is not None
+    assert metrics_of(trial, record.checkpoint).metrics["clip_consistency"].status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        pytest.param(MemoryError(), ResourceError, id="memory"),
+        pytest.param(RuntimeError("DefaultCPUAllocator: can't allocate memory"), ResourceError, id="torch's memory"),
+        pytest.param(OSError(errno.ENOSPC, "No space left on device", "/tmp/x"), DiskError, id="disk"),
+        pytest.param(FileNotFoundError(errno.ENOENT, "No such file", "/tmp/x"), ResourceError, id="a file is gone"),
+    ],
+)
+def test_faults_while_it_is_made_ready_are_no_checkpoints(job, trial, monkeypatch, fault, error):
+    def fails(*arguments: object) -> None:
+        raise fault
+
+    trial.final_checkpoint.write_bytes(lora_bytes(32))
+    monkeypatch.setattr("evaluator_daemon.resident.load_metrics", fails)
+    with pytest.raises(error):
+        evaluate_trial(job, trial.folder, watch=False)
+    assert not trial.evaluations.state.exists()
+
+
+def test_a_reference_folder_that_cannot_be_made_is_the_disks_fault(job, tmp_path):
+    job, trial = moved_job(job, tmp_path)
+    StudyLayout(job.root).reference.write_text("a file stands where the folder should be")
+    with pytest.raises(DiskError, match="reference: could not be written"):
+        evaluate_trial(job, trial.folder, watch=False)
+    assert not trial.evaluations.state.exists()
+
+
+@pytest.mark.parametrize(
+    ("fault", "raised", "outcomes"),
+    [
+        pytest.param(StudyMismatchError("other pictures"), StudyMismatchError, [], id="the study"),
+        pytest.param(SettingsError("--base-model", "x", "repair it"), SettingsError, [], id="the settings"),
+        pytest.param(ResourceError("no card"), ResourceError, [], id="the device"),
+        pytest.param(MemoryError(), ResourceError, [], id="the machine's memory"),
+        pytest.param(Stopped(signal.SIGTERM), None, ["interruption"], id="a stop"),
+    ],
+)
+def test_only_a_stop_is_an_interruption(job, trial, monkeypatch, fault, raised, outcomes):
+    trial.intermediate_checkpoint(2).write_bytes(lora_bytes(33))
+    evaluate(job, trial)
+    trial.final_checkpoint.write_bytes(lora_bytes(34))
+
+    def fails(model, *arguments, **options):
+        raise fault
+
+    for turn in range(1, 6 if raised is None else 3):
+        service = Service()
+        evaluator = Evaluator(job, TrialPlace(trial), service, lambda: None)
+        monkeypatch.setattr(ResidentModel, "_judge", fails)
+        if raised is None:
+            view = evaluator.place.look(evaluator.memory.records, evaluator.plan_hash)
+            with pytest.raises(Stopped):
+                evaluator.evaluate(open_files(view)[0], view)
+        else:
+            with pytest.raises(raised):
+                evaluator.tick(watch=False)
+        record = evaluator.memory.records[-1]
+        assert [attempt.outcome for attempt in record.attempts] == outcomes * turn
+        assert (record.status, record.quarantine and record.quarantine.code) == (
+            ("quarantined", "suspect") if turn == 5 else ("waiting", None)
+        )
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 from evaluator_daemon import gpu
 from evaluator_daemon.evaluator import Evaluator
 from evaluator_daemon.job import Job
+from evaluator_daemon.places import TrialPlace
 from evaluator_daemon.renderers.diffusion import DiffusionRenderer
 from shared.devices import gpu_uuid
 from shared.errors import DeviceBusyError, DeviceMemoryError
@@ -90,7 +91,7 @@ def test_the_driver_and_torch_name_the_card_alike():
 
 
 def test_the_lease_is_held_during_the_turn_only(job, trial):
-    model = Evaluator(job, trial, Service(), lambda: None)._model
+    model = Evaluator(job, TrialPlace(trial), Service(), lambda: None).model
     with model.turn(), pytest.raises(DeviceBusyError):
         GpuLease(str(gpu_uuid("cuda")), "evaluator").acquire()
     with GpuLease(str(gpu_uuid("cuda")), "exclusive trainer"), pytest.raises(DeviceBusyError), model.turn():
@@ -100,7 +101,7 @@ def test_the_lease_is_held_during_the_turn_only(job, trial):
 def test_a_checkpoint_is_scored_in_fp16_and_the_memory_is_given_back(job, trial):
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
-    Evaluator(job, trial, Service(), lambda: None).tick(watch=False)
+    Evaluator(job, TrialPlace(trial), Service(), lambda: None).tick(watch=False)
     (record,) = read_model(trial.evaluations.state, EvaluationState).checkpoints
     assert record.status == "recorded"
     metrics = read_model(trial.evaluations.checkpoint(record.checkpoint).metrics, Metrics)
@@ -111,7 +112,9 @@ def test_a_checkpoint_is_scored_in_fp16_and_the_memory_is_given_back(job, trial)
 
 def test_the_gate_defers_while_a_big_tensor_has_the_memory_and_opens_after_it(job, trial):
     said: list[str] = []
-    evaluator = Evaluator(job, trial, Service(), lambda: said.append("news"), lambda: said.append("deferred"))
+    evaluator = Evaluator(
+        job, TrialPlace(trial), Service(), lambda: said.append("news"), lambda: said.append("deferred")
+    )
     with taken(leave_free=16 * MIB):
         evaluator.tick(watch=False)
     assert said == ["deferred"]
@@ -143,7 +146,7 @@ def test_memory_that_runs_out_halves_the_batch_once(job):
 
 
 def test_giving_back_leaves_nothing_but_the_context(job, trial):
-    model = Evaluator(job, trial, Service(), lambda: None)._model
+    model = Evaluator(job, TrialPlace(trial), Service(), lambda: None).model
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
@@ -156,7 +159,7 @@ def test_giving_back_leaves_nothing_but_the_context(job, trial):
 
 
 def test_the_estimate_is_no_less_than_half_and_no_more_than_ten_times_what_is_used(job, trial):
-    model = Evaluator(job, trial, Service(), lambda: None)._model
+    model = Evaluator(job, TrialPlace(trial), Service(), lambda: None).model
     with model.turn():
         model._ready()[0].render(lambda: None)
         used = torch.cuda.max_memory_reserved()
