@@ -76,4 +76,7 @@ class LpipsDiversity:
         version = f"{self.facts.version} ({self._network.description})"
         if len(rendered.pictures) < 2:
             return {NAME: unavailable("one picture has no diversity; use --num-samples 2 or more", "target", version)}
+        if len({picture.shape for picture in rendered.pictures}) > 1:
+            several = "the prompts ask for pictures of several sizes, and LPIPS compares pictures of one size"
+            return {NAME: unavailable(several, "target", version)}
         return {NAME: measured(self._network.mean_distances(rendered.pictures), "target", version)}

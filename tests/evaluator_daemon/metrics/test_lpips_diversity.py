@@ -88,3 +88,10 @@ def test_one_picture_has_no_diversity(job):
     one = LpipsDiversity(job).measure(RenderedSet(pictures(1), ["a"], None))["lpips_diversity"]
     assert one.status == "unavailable"
     assert "--num-samples 2" in one.reason
+
+
+def test_pictures_of_several_sizes_have_no_common_distance(job):
+    mixed = RenderedSet([*pictures(1), *pictures(1, side=32)], ["a", "b"], None)
+    metric = LpipsDiversity(job).measure(mixed)["lpips_diversity"]
+    assert (metric.status, metric.value) == ("unavailable", None)
+    assert "several sizes" in metric.reason
