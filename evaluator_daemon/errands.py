@@ -16,9 +16,10 @@ from evaluator_daemon.folder import read_or_none
 from evaluator_daemon.job import Job
 from shared.errors import ContractError, UserError
 from shared.layout import LabelLayout, StudyLayout
+from shared.locks import FileLock
 from shared.logs import log_change
 from shared.requests import PendingRequest, RequestFolder
-from shared.schemas import Evaluate, EvaluationState, Metrics, Scalar
+from shared.schemas import CheckpointRecord, Evaluate, EvaluationState, Metrics, Scalar
 
 BASE = "base"
 """The name of the base model alone, as if it were a checkpoint."""
@@ -48,6 +49,7 @@ class Errands:
         self._study = study
         self._requests = requests
         self._errands: dict[str, _Errand] = {}  # by the request's identity
+        self._at_work: _Errand | None = None
 
     def __bool__(self) -> bool:
         return bool(self._errands)
@@ -65,36 +67,42 @@ class Errands:
         self._errands[request.identity] = errand
         log_change(_log, "request", kind="evaluate", id=request.id, label=command.label, file=errand.name)
 
-    def keep(self, pending: Iterable[PendingRequest]) -> None:
-        """Forget requests that whoever asked has taken back."""
+    def keep(self, pending: Iterable[PendingRequest], evaluators: Evaluators) -> None:
+        """Forget requests that whoever asked has taken back, and end what is done for them."""
         known = {request.identity for request in pending}
         self._errands = {identity: errand for identity, errand in self._errands.items() if identity in known}
+        if self._at_work is not None and self._at_work.request.identity not in known:
+            evaluators.terminate(label_key(self._at_work.command.label))
 
     def start(self, evaluators: Evaluators) -> None:
-        """Start the most urgent one where none is at work."""
+        """Start the most urgent one where none is at work; a label that somebody else works on waits."""
         if evaluators.labels:
             return
-        by_urgency = sorted(self._errands.values(), key=lambda errand: -errand.command.priority)
-        for errand in by_urgency:
+        for errand in sorted(self._errands.values(), key=lambda errand: -errand.command.priority):
             label = errand.command.label
-            if evaluators.may_start(label_key(label)):
+            if evaluators.may_start(label_key(label)) and not FileLock.is_held(self._study.evaluations(label).lock):
                 evaluators.start_label(label, errand.job, {errand.name: errand.file})
+                self._at_work = errand
                 return
 
     def settle(self, ended: Iterable[Ended]) -> None:
         """Answer what has been evaluated, or can never be; whatever else ended is tried again."""
         for evaluator in ended:
-            for identity, errand in list(self._errands.items()):
-                if label_key(errand.command.label) != evaluator.name:
-                    continue
-                layout = self._study.evaluations(errand.command.label)
-                hopeless = evaluator.code in (UserError.exit_code, ContractError.exit_code) or self._once
-                if hopeless and evaluator.code != 0 and not evaluator.handled:
-                    reason = f"the evaluation ended with exit status {evaluator.code}; {layout.log} says why"
-                    self._requests.refuse(errand.request, reason)
-                elif not self._answered(errand, layout, ended_well=evaluator.code == 0 and not evaluator.handled):
-                    continue
-                del self._errands[identity]
+            errand = self._at_work
+            if errand is None or label_key(errand.command.label) != evaluator.name:
+                continue
+            self._at_work = None
+            if errand.request.identity in self._errands and self._is_answered(errand, evaluator):
+                del self._errands[errand.request.identity]
+
+    def _is_answered(self, errand: _Errand, evaluator: Ended) -> bool:
+        layout = self._study.evaluations(errand.command.label)
+        hopeless = evaluator.code in (UserError.exit_code, ContractError.exit_code) or self._once
+        if hopeless and evaluator.code != 0 and not evaluator.handled:
+            reason = f"the evaluation ended with exit status {evaluator.code}; {layout.log} says why"
+            self._requests.refuse(errand.request, reason)
+            return True
+        return self._answered(errand, layout, ended_well=evaluator.code == 0 and not evaluator.handled)
 
     def _errand(self, request: PendingRequest, command: Evaluate, job: Job) -> _Errand:
         """Return what a request asks for.
@@ -118,7 +126,7 @@ class Errands:
         """Answer by what is recorded; False when that says nothing yet."""
         state = read_or_none(layout.state, EvaluationState)
         records = state.checkpoints if state is not None else ()
-        record = next((known for known in records if known.checkpoint == errand.name), None)
+        record = next((known for known in records if _is_about(known, errand)), None)
         if record is not None and record.status == "recorded":
             metrics = read_or_none(layout.checkpoint(errand.name).metrics, Metrics)
             if metrics is None:
@@ -141,6 +149,19 @@ class Errands:
             self._requests.refuse(errand.request, reason)
             return True
         return False
+
+
+def _is_about(record: CheckpointRecord, errand: _Errand) -> bool:
+    """Whether a record tells of the file as it stands now, under the plan that was asked for."""
+    if (record.checkpoint, record.plan_hash) != (errand.name, errand.job.plan.digest()):
+        return False
+    if errand.file is None:
+        return True
+    try:
+        status = errand.file.stat()
+    except OSError:
+        return False
+    return (record.size, record.modified_ns) == (status.st_size, status.st_mtime_ns)
 
 
 def label_key(label: str) -> str:

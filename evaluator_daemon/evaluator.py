@@ -114,7 +114,7 @@ class Evaluator:
         self._changed_state = changed_state
         self.model = ResidentModel(job, self._stop_if_asked)
         self._looks = Looks()
-        self._waiting: dict[str, str] = {}
+        self.waiting: dict[str, IncompleteCheckpointError] = {}
         self._deferred = deferred
         self._deferrals = 0  # in a row
         self._said_deferred: str | None = None
@@ -214,7 +214,7 @@ class Evaluator:
         except RefusedCheckpointError as error:
             self._settle(file, "quarantined", error)
             return True
-        self._waiting.pop(file.name, None)
+        self.waiting.pop(file.name, None)
         return self._score(checkpoint, layout, params)
 
     # ------------------------------------------------------------------------------------------------------ one file
@@ -225,8 +225,9 @@ class Evaluator:
         if error.code in ("incomplete", "unreadable") and is_truncated(file, view):
             self._settle(file, "truncated" if error.code == "incomplete" else "quarantined", error)
             return True
-        if self._waiting.get(file.name) != error.code:
-            self._waiting[file.name] = error.code
+        known = self.waiting.get(file.name)
+        self.waiting[file.name] = error
+        if known is None or known.code != error.code:
             log_change(_log, "checkpoint waits", checkpoint=file.name, code=error.code, reason=error.reason)
         return False
 

@@ -45,6 +45,7 @@ from shared.safetensors_file import read_header
 from shared.schemas import Evaluate, EvaluatorManagerState, Retry
 from shared.service import Service
 from shared.settings import LoadedSettings
+from shared.watch_script import write_watch_script
 
 MAX_EVALUATORS = 2
 """One for the trial in training and one for the trial before it; more would only take turns on one device."""
@@ -146,7 +147,7 @@ class Manager:
 
     def _forget_study(self) -> None:
         """Know nothing of the folder, nor of what those at work in the one before it will still do."""
-        self._errands.keep(())
+        self._errands.keep((), self._evaluators)
         self._evaluators.restarts.forget_all()
         self._strangers = set(self._evaluators.names)  # at work in folders that are no more
         self._job: Job | None = None
@@ -252,7 +253,7 @@ class Manager:
             pending = self._requests.pending()
         if pending is None:
             return
-        self._errands.keep(pending)
+        self._errands.keep(pending, self._evaluators)
         for request in pending:
             with self._or_later(f"answer {request.id}"):
                 if isinstance(request.command, Retry):
@@ -307,6 +308,8 @@ class Manager:
     def _plan(self, job: Job) -> None:
         """Go by a plan from now on."""
         self._lookout = Lookout(self._study, job.plan.digest(), job.idle_timeout_s, full_sweep_s=self._full_sweep_s)
+        with self._or_later(self._study.watch_script.name):
+            write_watch_script(self._study, only_if_absent=True)
         self._news.objective = job.plan.scoring.objective
         log_change(_log, "plan", samples=job.plan.num_samples, device=job.device, dtype=job.plan.dtype)
 

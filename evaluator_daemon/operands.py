@@ -12,6 +12,7 @@ from evaluator_daemon.folder import read_or_none
 from shared.errors import SettingsError, UserError
 from shared.layout import LABEL_PATTERN, EvaluationsLayout, StudyLayout, TrialLayout
 from shared.schemas import EvaluationPlan, EvaluationState, LabelledPlan, Metrics
+from shared.schemas.plan import SEEDS_END
 
 BASE = "base"
 FINALISTS = "finalists"
@@ -180,16 +181,33 @@ def _of_file(text: str, file: Path, study: StudyLayout, plan: EvaluationPlan | N
 
 def fresh_plan(plan: EvaluationPlan, pictures: int) -> EvaluationPlan:
     """Return the plan with other pictures: as many as asked for, on seeds that the plan never used."""
-    # a prompt may have a seed of its own in place of base_seed
     options = plan.overrides
-    starts = [plan.base_seed, *(own.seed for own in options if own.seed is not None)]
-    beyond = max(starts) + -(-plan.num_samples // len(plan.prompts)) - min(starts)
-    updates: dict[str, object] = {"num_samples": pictures, "base_seed": plan.base_seed + beyond}
+    # A prompt may have a seed of its own in place of base_seed.
+    starts = sorted({plan.base_seed, *(own.seed for own in options if own.seed is not None)})
+    turns, fresh_turns = (-(-count // len(plan.prompts)) for count in (plan.num_samples, pictures))
+    shift = _shift(starts, turns, fresh_turns)
+    updates: dict[str, object] = {"num_samples": pictures, "base_seed": (plan.base_seed + shift) % SEEDS_END}
     if options:
         updates["overrides"] = tuple(
-            own if own.seed is None else own.model_copy(update={"seed": own.seed + beyond}) for own in options
+            own if own.seed is None else own.model_copy(update={"seed": (own.seed + shift) % SEEDS_END})
+            for own in options
         )
     return EvaluationPlan.model_validate({**dict(plan), **updates})
+
+
+def _shift(starts: Sequence[int], turns: int, fresh_turns: int) -> int:
+    """How far to move all seeds, on the ring of SEEDS_END, so that none of the new ones is among the old ones.
+
+    Args:
+        starts: where a run of seeds begins.
+        turns, fresh_turns: seeds in each old and each new run.
+    """
+    just_beyond = sorted({old - new + turns for old in starts for new in starts}, reverse=True)  # usually the first
+    return next(
+        shift
+        for shift in just_beyond
+        if all(turns <= (new + shift - old) % SEEDS_END <= SEEDS_END - fresh_turns for old in starts for new in starts)
+    )
 
 
 def require_one_plan(operands: Sequence[Operand]) -> None:

@@ -6,7 +6,7 @@ They go through the same admission, attempts and records as a trial's checkpoint
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,13 +46,20 @@ class Outcome:
 
 
 def evaluate_outside(
-    job: Job, label: str, files: Mapping[str, Path | None], *, previous_crash: str | None = None
+    job: Job,
+    label: str,
+    files: Mapping[str, Path | None],
+    *,
+    changed_state: Callable[[], None] = lambda: None,
+    deferred: Callable[[], None] = lambda: None,
+    previous_crash: str | None = None,
 ) -> list[Outcome]:
     """Evaluate what is not recorded yet, and return what is known of each.
 
     Args:
         label: the folder below evaluations/.
         files: checkpoint name -> weight file; None for the base model alone, whose name is "base".
+        changed_state, deferred: as for `evaluate_trial`.
         previous_crash: how the label's previous evaluator ended by its own fault; None when it did not, or unknown.
     Raises:
         AlreadyRunningError: somebody else evaluates under this label.
@@ -73,7 +80,7 @@ def evaluate_outside(
         _write_plan(layout, label, job, files)
         service = Service()
         weights = {name: path for name, path in files.items() if path is not None}
-        evaluator = Evaluator(job, LabelPlace(layout, weights), service, lambda: None)
+        evaluator = Evaluator(job, LabelPlace(layout, weights), service, changed_state, deferred)
         evaluator.close_unfinished(previous_crash)
 
         def tick() -> None:
@@ -82,7 +89,8 @@ def evaluate_outside(
             evaluator.tick(watch=False)
 
         service.run(tick, job.check_interval_s)
-        return [outcome_of(layout, name) for name in files]
+        waiting = {name: Outcome(name, error.code, error.reason, None) for name, error in evaluator.waiting.items()}
+        return [waiting.get(name) or outcome_of(layout, name) for name in files]
     finally:
         lock.release()
 

@@ -63,8 +63,14 @@ def run_label_process(
 
     def work() -> None:
         outside: Any = importlib.import_module("evaluator_daemon.outside")
-        outside.evaluate_outside(job, label, files, previous_crash=crash_text(previous_exit))
-        messages.send_bytes(NEWS)
+        outside.evaluate_outside(
+            job,
+            label,
+            files,
+            previous_crash=crash_text(previous_exit),
+            changed_state=lambda: messages.send_bytes(NEWS),
+            deferred=lambda: messages.send_bytes(DEFERRED),
+        )
 
     _run_child(work, layout.log)
 

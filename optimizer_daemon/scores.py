@@ -15,11 +15,13 @@ from shared.errors import (
     UnreadableFileError,
 )
 from shared.files import read_model
-from shared.layout import RenderLayout, TrialLayout, checkpoint_epoch
+from shared.layout import RenderLayout, StudyLayout, TrialLayout, checkpoint_epoch
 from shared.safetensors_file import Stamp, read_checkpoint, read_header
-from shared.schemas import CheckpointRecord, CurvePoint, EvaluationState, Metrics, VersionedFile
+from shared.schemas import CheckpointRecord, CurvePoint, EvaluationState, Metrics, Score, VersionedFile
 
 F = TypeVar("F", bound=VersionedFile)
+
+BASE_DIFFERENCE = "base_difference"
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ class ScoreReader:
         """Return the scores of a trial; `last_epoch` is its horizon, for a final file that does not tell."""
         standings = self._standings(trial, last_epoch)
         recorded = sum(standing.settled for standing in standings)
-        curve = self._curve(trial, standings)
+        usual = self._usual_parts(trial)
+        curve = self._curve(trial, standings, usual)
         seen = TrialScores("pending", "", curve, len(standings), recorded)
         final = next((standing for standing in standings if standing.name == trial.output_name), None)
         if final is None or final.record is None or recorded < len(standings):
@@ -98,9 +101,22 @@ class ScoreReader:
         if final.record.status != "recorded":
             why = final.record.quarantine.reason if final.record.quarantine else "the file is cut short"
             return TrialScores("unscorable", why, curve, len(standings), recorded)
-        return self._judged(seen, trial, final.record)
+        return self._judged(seen, trial, final.record, usual)
 
-    def _judged(self, seen: TrialScores, trial: TrialLayout, record: CheckpointRecord) -> TrialScores:
+    def _usual_parts(self, trial: TrialLayout) -> frozenset[str] | None:
+        """What the base model's own score was made without; None where it is not there.
+
+        It is measured before any checkpoint of the study, so it tells what all of them are measured with, whichever
+        comes first and however often the daemons are started.
+        """
+        metrics = _read(StudyLayout(trial.folder.parent).base_render(self._plan_hash).metrics, Metrics)
+        if metrics is None or metrics.plan_hash != self._plan_hash or self._objective not in metrics.scores:
+            return None
+        return _parts(metrics.scores[self._objective])
+
+    def _judged(
+        self, seen: TrialScores, trial: TrialLayout, record: CheckpointRecord, usual: frozenset[str] | None
+    ) -> TrialScores:
         metrics, render = self._metrics(trial, record)
         if metrics is None or not all((render.folder / sample.file).exists() for sample in metrics.samples):
             return seen  # lost or damaged since: the evaluator makes them again
@@ -108,6 +124,8 @@ class ScoreReader:
         if score is None or score.value is None:
             missing = ", ".join(score.left_out) if score is not None else "it"
             why = f"{self._objective} could not be computed without {missing}"
+            return TrialScores("unscorable", why, seen.curve, seen.seen, seen.recorded)
+        if why := _unlike(self._objective, score, usual):
             return TrialScores("unscorable", why, seen.curve, seen.seen, seen.recorded)
         objections = [check.reason for check in metrics.gate.checks.values() if check.passed is False and check.reason]
         because = None if metrics.gate.feasible else "; ".join(objections) or "it failed its gate"
@@ -166,7 +184,9 @@ class ScoreReader:
                 return metrics, render
         return None, trial.evaluations.checkpoint(record.checkpoint)
 
-    def _curve(self, trial: TrialLayout, standings: list[_Standing]) -> tuple[CurvePoint, ...]:
+    def _curve(
+        self, trial: TrialLayout, standings: list[_Standing], usual: frozenset[str] | None
+    ) -> tuple[CurvePoint, ...]:
         points = []
         for standing in standings:
             if not standing.settled or standing.record is None:
@@ -175,9 +195,29 @@ class ScoreReader:
                 continue
             metrics, _ = self._metrics(trial, standing.record)
             score = metrics.scores.get(self._objective) if metrics is not None else None
-            if score is not None and score.value is not None:
+            if score is not None and score.value is not None and not _unlike(self._objective, score, usual):
                 points.append(CurvePoint(epoch=standing.epoch, value=score.value, checkpoint=standing.name))
         return tuple(points)
+
+
+def _parts(score: Score) -> frozenset[str]:
+    """What a score was made without, besides what the base model never has: a difference from itself."""
+    return frozenset(score.left_out) - {BASE_DIFFERENCE}
+
+
+def _unlike(objective: str, score: Score, usual: frozenset[str] | None) -> str:
+    """Say why a score is not on the scale of the study's others, "" where it is."""
+    if usual is None or _parts(score) == usual:
+        return ""
+    if lacking := sorted(_parts(score) - usual):
+        return (
+            f"{objective} was made without {', '.join(lacking)}, which the study's other scores have; give the "
+            "evaluator back what it needs (evaluator-daemon metrics says what), then enqueue its parameters again"
+        )
+    return (
+        f"{objective} was made with {', '.join(sorted(usual - _parts(score)))}, which the base model's score in "
+        "reference/ lacks; take it away from the evaluator again, or begin a new study"
+    )
 
 
 def _read(path: Path, model: type[F]) -> F | None:

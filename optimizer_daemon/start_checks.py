@@ -12,7 +12,7 @@ from optimizer_daemon.search.expressions import Value
 from optimizer_daemon.search.space import SearchSpace
 from optimizer_daemon.settings import OptimizerSettings
 from optimizer_daemon.study_file import find_run, require_inputs
-from optimizer_daemon.trainers.base import ChecksInput, TrainerPlugin
+from optimizer_daemon.trainers.base import ChecksInput, TrainerPlugin, holds_out
 from shared.errors import SettingsError, UserError
 from shared.layout import StudyLayout
 from shared.schemas import Run
@@ -36,6 +36,14 @@ def check_inputs(
     if isinstance(trainer, ChecksInput):
         trainer.check_input(*require_inputs(settings))
     run = find_run(settings, study, now_local())
+    if run.pictures is not None and run.pictures.held_out and not holds_out(trainer):
+        raise SettingsError(
+            "--trainer",
+            settings.trainer,
+            f"this study measures likeness to {len(run.pictures.held_out)} pictures that must not be trained on, and "
+            "this trainer does not promise to leave them out (holds_out = True); take one that does, or leave the "
+            "likeness metrics and scorings that need them out",
+        )
     _rehearse(settings, study, space, trainer, pinned, run)
     return run
 

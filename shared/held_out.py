@@ -18,6 +18,8 @@ FEWEST_TO_SPLIT = 20
 """Below this many pictures each one is needed for the training."""
 FEWEST_HELD_OUT = 3
 HELD_OUT_PERCENT = 15
+MOST_MEASURED = 200
+"""The mean of so many pictures is good to a few thousandths; more would only take time."""
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
 
@@ -85,6 +87,17 @@ def pictures_in(folder: Path, setting: str) -> tuple[Picture, ...]:
         kinds = ", ".join(sorted(IMAGE_SUFFIXES))
         raise SettingsError(setting, str(folder), f"name a folder that holds pictures ({kinds})")
     return tuple(Picture(path=str(file.absolute()), sha256=file_digest(file, setting)) for file in files)
+
+
+def measured_pictures(pictures: Sequence[Picture]) -> list[Picture]:
+    """Choose the pictures whose mean brightness and the like stand for all of them.
+
+    Both daemons measure these, in this order, so that the targets of their plans are equal to the last bit: all, or
+    MOST_MEASURED evenly spaced ones in the order of their contents.
+    """
+    ordered = sorted(pictures, key=lambda picture: picture.sha256)
+    count = min(len(ordered), MOST_MEASURED)
+    return [ordered[index * len(ordered) // count] for index in range(count)]
 
 
 def require_unchanged(pictures: Sequence[Picture], what: str) -> None:

@@ -13,7 +13,7 @@ import math
 import random
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ from typing import Any
 from shared.errors import SettingsError
 from shared.samplers import SAMPLER_TITLES, find_sampler
 from shared.schemas import PromptOptions
+from shared.schemas.plan import SEEDS_END
 
 MULTIPLE_PX = 8
 LARGEST_PX = 4096
 MOST_STEPS = 1000
 LARGEST_CFG_SCALE = 100.0
-SEEDS_END = 2**63
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ _RANGES = {  # field -> lowest and highest value
     "steps": (1, MOST_STEPS),
     "cfg_scale": (0.0, LARGEST_CFG_SCALE),
 }
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _STARTS_OPTION = re.compile(r"(?:^|\s)--(?=\w)")  # a dash between blanks, as in "soft -- light", is part of the words
 
 
@@ -127,12 +128,21 @@ def _read_lines(text: str, path: Path) -> list[Prompt]:
     return [parse_line(line, f"{path} line {n}") for n, line in lines if line and not line.startswith("#")]
 
 
+def _parsed(loads: Callable[[str], Any], text: str, path: Path, form: str) -> Any:
+    try:
+        document = loads(text)
+        repr(document)  # a value that cannot be shown, such as 0xff... of thousands of digits, has no message either
+    except RecursionError as error:
+        raise SettingsError("--prompts", str(path), f"mend the {form} (it is nested too deeply)") from error
+    except ValueError as error:
+        why = str(error).partition("; use sys.")[0]  # advice for programmers
+        raise SettingsError("--prompts", str(path), f"mend the {form} ({why})") from error
+    return document
+
+
 def _read_toml(text: str, path: Path) -> list[Prompt]:
     """[prompt] holds what all share, each [[prompt.subset]] one prompt; its own values win."""
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise SettingsError("--prompts", str(path), f"mend the TOML ({error})") from error
+    document = _parsed(tomllib.loads, text, path, "TOML")
     table = document.get("prompt")
     subsets = table.get("subset") if isinstance(table, dict) else None
     if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
@@ -152,15 +162,14 @@ def _read_toml(text: str, path: Path) -> list[Prompt]:
 
 def _read_json(text: str, path: Path) -> list[Prompt]:
     """A list of lines, or of tables as in TOML."""
-    try:
-        document = json.loads(text)
-    except ValueError as error:
-        raise SettingsError("--prompts", str(path), f"mend the JSON ({error})") from error
+    document = _parsed(json.loads, text, path, "JSON")
     if not isinstance(document, list):
         raise SettingsError("--prompts", str(path), "write a JSON list with one line or one object for each prompt")
     prompts = []
     for number, item in enumerate(document, 1):
         where = f"{path} prompt {number}"
+        if half := _SURROGATE.search(json.dumps(item, ensure_ascii=False)):
+            raise SettingsError(where, half[0], "that is half a character; write it whole, or both halves")
         if isinstance(item, str):
             prompts.append(parse_line(" ".join(item.split()), where))
         elif isinstance(item, dict):

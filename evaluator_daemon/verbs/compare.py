@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 FRESH_PICTURES = 16
 
 
+_SMALL = 0.005  # below it four decimals say too little
+
+
 def declare(parser: argparse.ArgumentParser) -> Run:
     """Add the flags of the verb to its parser and return what runs it."""
     from evaluator_daemon.settings import EvaluatorSettings
@@ -66,6 +69,8 @@ def _compare(arguments: argparse.Namespace) -> int:
     job = job_outside(arguments, override_plan=False)
     study = StudyLayout(job.root)
     operands = [resolve(text, study, job.plan) for text in arguments.operands]
+    if len({(operand.file, operand.checkpoint) for operand in operands}) < len(operands):
+        raise SettingsError("A B", " ".join(arguments.operands), "two of them are the same checkpoint; name each once")
     if arguments.fresh is None:
         require_one_plan(operands)
         sides = {operand.name: operand.metrics or _evaluated(job, operand) for operand in operands}
@@ -131,8 +136,10 @@ def _print(comparison: Comparison) -> None:
     print(f"best {comparison.objective}: {best.checkpoint} ({best.score:.4f}{sure})")
     if len(best.tie_set) > 1:
         print(f"cannot be told apart: {', '.join(best.tie_set)}")
-    elif len(comparison.sides) - len(comparison.infeasible) > 1:
+    elif len(comparison.sides) - len(comparison.infeasible) - len(comparison.unranked) > 1:
         print("no other can be the best")
+    for side, reason in comparison.unranked.items():
+        print(f"not ranked with it: {side}, whose {reason}")
 
 
 def _print_row(row: Row, reference: str) -> None:
@@ -142,10 +149,13 @@ def _print_row(row: Row, reference: str) -> None:
         shown = ""
         if other.interval is not None and not math.isinf(other.interval.high):
             low, high = other.interval.low, other.interval.high
-            shown = f"  difference {other.interval.mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+            digits = ".4f" if max(abs(low), abs(high)) >= _SMALL else ".1e"
+            shown = f"  difference {other.interval.mean:+{digits}} [{low:+{digits}}, {high:+{digits}}]"
         told = f"{other.side} {other.verdict}" if other.verdict in ("better", "worse") else other.verdict
+        if other.reason:
+            told += f": {other.side}'s {other.reason}"
         print(f"    {other.side} {_figure(other.mean)}{shown}  {told}")
 
 
 def _figure(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.4f}"
+    return "not measured" if value is None else f"{value:.4f}" if abs(value) >= _SMALL else f"{value:.2e}"

@@ -25,7 +25,7 @@ def declare(parser: argparse.ArgumentParser) -> Run:
     parser.description = (
         "Score weight files with the study's plan and exit; the results go to evaluations/<label>/ of the study "
         "folder, and the files stay where they are. With --trial score every checkpoint of one trial that is not "
-        "scored yet; with --watch go on until the trial is over. Exit code 3 when a file could not be scored."
+        "scored yet; with --watch go on until the trial is over. Exit code 3 when a FILE could not be scored."
     )
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="*.safetensors file, anywhere")
     parser.add_argument("--base", action="store_true", help="evaluate the base model alone, under the label base")
@@ -139,13 +139,19 @@ def _evaluate_outside(arguments: argparse.Namespace) -> int:
 
 
 def evaluate_label(job: Job, label: str, files: dict[str, Path | None]) -> list[Outcome]:
-    """Have files evaluated under a label: by the manager where one lives, which has everything loaded, else here."""
+    """Have files evaluated under a label: by the manager where one lives, which has everything loaded, else here.
+
+    One on another device than asked for, or without the study's run.json, is not asked.
+    """
+    from evaluator_daemon.folder import read_or_none
     from shared.layout import StudyLayout
     from shared.locks import FileLock
+    from shared.schemas import EvaluatorManagerState
 
     study = StudyLayout(job.root)
-    # without run.json the manager has a plan of its own, or none
-    if study.run.exists() and FileLock.is_held(study.manager_lock):
+    state = read_or_none(study.manager_state, EvaluatorManagerState)
+    does_it = study.run.exists() and state is not None and state.device == job.device
+    if does_it and FileLock.is_held(study.manager_lock):
         return [_ask_manager(job, study, label, name, file) for name, file in files.items()]
     return _evaluate_here(job, label, files)
 
@@ -168,7 +174,7 @@ def _ask_manager(job: Job, study: StudyLayout, label: str, name: str, file: Path
         plan=job.plan,
         asked_by="evaluator-daemon evaluate",
     )
-    print(f"the evaluator manager evaluates {name} ...", file=sys.stderr)
+    print(f"the evaluator manager evaluates {name}; see {study.evaluations(label).log}", file=sys.stderr)
     answer = folder.ask(command, study.manager_lock, carry_out, timeout_s=math.inf)
     outcome = outcome_of(study.evaluations(label), name)
     if answer.ok or outcome.status not in ("recorded", "waiting"):

@@ -34,6 +34,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _inspect_file(file: Path) -> dict[str, Any]:
     from shared.errors import CheckpointError
+    from shared.layout import checkpoint_epoch
     from shared.safetensors_file import lora_modules, read_checkpoint
 
     try:
@@ -47,7 +48,7 @@ def _inspect_file(file: Path) -> dict[str, Any]:
         "family": layout.family,
         "modules": len(layout.modules),
         "ranks": sorted(layout.ranks),
-        "epoch": checkpoint.epoch,
+        "epoch": checkpoint_epoch(file.name, checkpoint.epoch, None, ""),
         "size_bytes": checkpoint.size,
         "sha256": checkpoint.sha256,
     }

@@ -45,10 +45,14 @@ def _metrics(arguments: argparse.Namespace) -> int:
 def _inputs(settings: EvaluatorSettings) -> tuple[MetricInputs, tuple[str, ...] | None]:
     """Return what flags and study give, and what the study measures; None where there is no study."""
     from evaluator_daemon.job import inputs_of_flags, inputs_of_run, read_run
+    from shared.errors import SettingsError
     from shared.layout import StudyLayout
     from shared.scoring_presets import metrics_of
 
-    run = None if settings.optimization_dir is None else read_run(StudyLayout(settings.optimization_dir))
+    folder = settings.optimization_dir
+    if folder is not None and not folder.is_dir():
+        raise SettingsError("--optimization-dir", str(folder), "there is no such folder; name the study folder")
+    run = None if folder is None else read_run(StudyLayout(folder))
     if run is None or run.plan is None:
         return inputs_of_flags(settings), None
     return inputs_of_run(settings, run), metrics_of(run.plan)

@@ -69,3 +69,18 @@ class ChecksInput(Protocol):
             UserError: something of it cannot be trained with.
         """
         ...
+
+
+@runtime_checkable
+class HoldsOut(Protocol):
+    """What a trainer may offer besides: it never trains on a picture whose SHA-256 is among `run.pictures.held_out`.
+
+    Without it no study may measure likeness: that to pictures that were trained on rewards copying.
+    """
+
+    holds_out: bool
+
+
+def holds_out(trainer: object) -> bool:
+    """Tell whether a trainer leaves the held-out pictures out."""
+    return isinstance(trainer, HoldsOut) and trainer.holds_out is True

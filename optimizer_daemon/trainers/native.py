@@ -32,6 +32,8 @@ _SOURCE_ROOT = Path(__file__).resolve().parents[2]
 class NativeTrainer:
     """Stable Diffusion 1.5 LoRA training in a process of its own."""
 
+    holds_out = True  # by their SHA-256, in train_config.toml
+
     def check_input(self, base_model: Path, dataset_config: Path) -> None:
         """See that the base model is one to train and whole, and that every picture decodes and has its caption.
 

@@ -13,6 +13,9 @@ from shared.schemas.base import Name, Pixels, Record, Scalar, Sha256, Unit
 
 T = TypeVar("T")
 
+SEEDS_END = 2**63
+"""Every seed is below this: random generators take no larger ones."""
+
 
 class ScoringPreset(Record):
     """How measurements become scores, copied into the plan so that an edited preset file changes nothing."""
@@ -106,7 +109,7 @@ class EvaluationPlan(Record):
         return PlannedSample(
             prompt=self.prompts[which],
             negative_prompt=either(own.negative_prompt, self.negative_prompt),
-            seed=either(own.seed, self.base_seed) + turn,
+            seed=(either(own.seed, self.base_seed) + turn) % SEEDS_END,
             width=either(own.width, self.width),
             height=either(own.height, self.height),
             steps=either(own.steps, self.steps),

@@ -76,7 +76,7 @@ def test_a_manager_evaluates_what_is_asked_for_and_answers_each(study, manager):
     missing = ask(study, file="missing.safetensors", label="extra")
     cut = study.root / "cut.safetensors"
     cut.write_bytes(file.read_bytes()[:-10])
-    half = ask(study, file="cut.safetensors", label="cut")
+    half = ask(study, file="cut.safetensors", label="extra", priority=1)  # the label's other file is not its affair
     foreign = ask(
         study,
         file="elsewhere.safetensors",

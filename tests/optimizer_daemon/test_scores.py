@@ -137,6 +137,34 @@ def test_a_missing_objective_is_no_score_and_names_what_it_lacks(trial, run):
     assert scores.reason == "combined_score could not be computed without clip_consistency"
 
 
+@pytest.mark.parametrize(
+    ("usual", "of_trial", "scoring", "reason"),
+    [
+        pytest.param((), ("clip_consistency",), "unscorable", "made without clip_consistency, which the study's other"),
+        pytest.param(("lpips_diversity",), (), "unscorable", "made with lpips_diversity, which the base model's score"),
+        pytest.param(("lpips_diversity",), ("lpips_diversity",), "scored", "", id="a study without it"),
+        pytest.param(("base_difference",), (), "scored", "", id="the base has no difference from itself"),
+    ],
+)
+def test_only_scores_made_of_what_the_base_model_s_is_made_of_count(trial, run, usual, of_trial, scoring, reason):
+    first, final = save(trial, 2), save(trial, None)
+    record(trial, run, first, final)
+    metrics = read_model(trial.evaluations.checkpoint(final.stem).metrics, Metrics)
+
+    def of_parts(left_out: tuple[str, ...], value: float) -> Metrics:
+        score = Score(value=value, direction="minimise", left_out=left_out)
+        return metrics.model_copy(update={"scores": {"combined_score": score}})
+
+    base = StudyLayout(trial.folder.parent).base_render(run.plan_hash)
+    base.folder.mkdir(parents=True)
+    write_model(base.metrics, of_parts(usual, 0.5))
+    write_model(trial.evaluations.checkpoint(final.stem).metrics, of_parts(of_trial, 0.05))
+    scores = read(trial, run)
+    assert scores.scoring == scoring
+    assert reason in scores.reason
+    assert (6 in [point.epoch for point in scores.curve]) is (scoring == "scored")
+
+
 def test_a_damaged_state_is_the_evaluator_s_to_mend(trial, run):
     record(trial, run, save(trial, None))
     trial.evaluations.state.write_text("{")

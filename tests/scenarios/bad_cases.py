@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from examples.tiny_world.paths import BASE_MODEL, CLIP_MODEL
+from examples.tiny_world.paths import BASE_MODEL, CLIP_MODEL, DATASET_TOML
 from shared.layout import StudyLayout
 from tests.scenarios.bad_input import Case, World
 
@@ -357,6 +357,14 @@ PLUGINS = [
         ("trainer: 'no_such:TRAINER'", "there is no module 'no_such'"),
         flags("--trainer", "no_such:TRAINER"),
     ),
+    Case(
+        "trainer: likeness to pictures that it may have trained on",
+        ("--trainer: 'tests.scenarios.faulty_plugin:FaultyTrainer'", "4 pictures", "holds_out = True"),
+        flags(
+            *("--trainer", "tests.scenarios.faulty_plugin:FaultyTrainer"),
+            *("--scoring", "recommended", "--dataset-config", DATASET_TOML),
+        ),
+    ),
 ]
 
 SPACES = [
@@ -541,6 +549,21 @@ MODELS = [
         "prompts: no JSON",
         ("--prompts", "mend the JSON", "line 1"),
         written("prompts.json", "[", "--prompts", "{}"),
+    ),
+    Case(
+        "prompts: a JSON without an end of brackets",
+        ("--prompts", "mend the JSON (it is nested too deeply)"),
+        written("prompts.json", "[" * 100_000, "--prompts", "{}"),
+    ),
+    Case(
+        "prompts: half a character in the JSON",
+        ("prompts.json prompt 1: '\\ud800'", "half a character"),
+        written("prompts.json", r'["a \ud800"]', "--prompts", "{}"),
+    ),
+    Case(
+        "prompts: a TOML number of 5,000 digits",
+        ("--prompts", "mend the TOML (Exceeds the limit (4300 digits)"),
+        written("prompts.toml", f"[[prompt.subset]]\nprompt = 'a'\nseed = {'9' * 5000}\n", "--prompts", "{}"),
     ),
     Case(
         "prompts: a JSON of something else",

@@ -118,7 +118,7 @@ IN_A_FOLDER_OF_ITS_OWN = {
             {f"unet.{n}": s for n, s in unet_shapes().items()},
             metadata={"lora_adapter_metadata": '{"unet.r": 4, "unet.lora_alpha": 16}'},
         ),
-        "not_applied",
+        "recorded",  # at the strength that its metadata say
     ),
     "other-layers": (lora(29, {f"{n}_x": s for n, s in unet().items()}), "not_applied"),
 }

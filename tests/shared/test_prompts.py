@@ -134,6 +134,9 @@ BAD_TOML = [
     ("[[prompt.subset]]\nwidth = 64", "prompt 1: '' will not do; there are no words"),
     ("[[prompt.subset]]\nprompt = ['a']", "line 2: prompt: ['a'] will not do; write the prompt as text"),
     ("[[prompt.subset]]\nprompt = 'a'\nsample_sampler = 3", "line 3: sample_sampler: 3 will not do; write a text"),
+    (f"[[prompt.subset]]\nprompt = 'a'\nseed = {'9' * 5000}", "mend the TOML (Exceeds the limit (4300 digits)"),
+    (f"[[prompt.subset]]\nprompt = 'a'\nseed = 0x{'f' * 5000}", "mend the TOML (Exceeds the limit (4300 digits)"),
+    (f"[[prompt.subset]]\nprompt = {'[' * 100_000}", "mend the TOML ("),
     ("[other]\n[prompt]\nsubset = [{prompt = 'a'}]", "toml line 1: 'other' will not do; only [prompt] is read"),
 ]
 BAD_JSON = [
@@ -143,6 +146,11 @@ BAD_JSON = [
     ("[]", "it holds no prompt"),
     ('["a", "b --s 0"]', "json prompt 2 --s: '0' will not do"),
     ('[{"prompt": "a", "width": 1.5}]', "json prompt 1: width: 1.5 will not do; write a whole number"),
+    ("[" * 100_000, "mend the JSON (it is nested too deeply)"),
+    (f"[{'9' * 5000}]", "mend the JSON (Exceeds the limit (4300 digits)"),
+    (r'["a", "b \ud800"]', r"json prompt 2: '\ud800' will not do; that is half a character"),
+    (r'[{"prompt": "a", "negative_prompt": "\udfff"}]', r"json prompt 1: '\udfff' will not do"),
+    (r'[{"\ud800": "a"}]', r"json prompt 1: '\ud800' will not do"),
     ('[{"prompt": null}]', "json prompt 1: prompt: None will not do"),
 ]
 
@@ -160,6 +168,11 @@ def test_a_slip_is_one_error_with_its_place_its_value_and_the_remedy(tmp_path, n
         prompts_of(tmp_path, content, name)
     assert message in str(caught.value)
     assert name in str(caught.value)
+
+
+def test_both_halves_of_a_character_are_one(tmp_path):
+    (prompt,) = prompts_of(tmp_path, r'["a \ud83d\ude00"]', "p.json")
+    assert prompt.text == "a \N{GRINNING FACE}"
 
 
 def test_a_file_that_cannot_be_read_is_told(tmp_path):

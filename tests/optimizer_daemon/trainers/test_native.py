@@ -7,11 +7,13 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from optimizer_daemon.lora_training.config import load_config
 from optimizer_daemon.trainers import TRAINERS
+from optimizer_daemon.trainers.base import holds_out
 from shared.errors import SettingsError, UnknownPluginError, UserError
 from shared.files import read_model
 from shared.layout import StudyLayout
@@ -207,3 +209,10 @@ def test_progress_is_read_from_the_bar(line: str, expected: Progress | None):
 def test_a_loss_that_is_no_number_is_read_as_such():
     progress = NATIVE.parse_progress("steps:  50%|█████     | 8/16 [00:08<00:08,  1.00s/it, avr_loss=nan, epoch=2/4]")
     assert progress is not None and progress.loss is not None and progress.loss != progress.loss
+
+
+def test_only_a_trainer_that_promises_it_counts_as_leaving_held_out_pictures_out():
+    assert holds_out(NATIVE)
+    assert not holds_out(SimpleNamespace())
+    assert not holds_out(SimpleNamespace(holds_out=False))
+    assert not holds_out(SimpleNamespace(holds_out="no"))
