@@ -56,7 +56,7 @@ class Home:
         """Move into the folder that stands at the path now; False while there is none, or none to move into.
 
         Raises:
-            ResourceError: there is none, and it is needed now.
+            ResourceError: there is none, or none to move into, and it is needed now.
         """
         why = "it is not there"
         if self._study.root.is_dir():
@@ -64,11 +64,13 @@ class Home:
             try:
                 self._move_in()
             except ResourceError as error:  # it went just now, or is not ours to write in
+                if is_needed:
+                    raise
                 why = str(error)
             else:
                 return True
         if is_needed:
-            raise ResourceError(f"{self._study.root}: the study folder is gone ({why}); put it back and start again")
+            raise ResourceError(f"{self._study.root}: the study folder is gone; put it back and start again")
         if self._said_gone != why:
             self._said_gone = why
             log_change(

@@ -87,7 +87,7 @@ class Lookout:
         self._quiet: dict[str, _Quiet] = {}
         self._stamps: dict[str, Stamp] = {}
         self._documents: dict[str, Documents] = {}
-        self._unreadable: dict[Path, str] = {}  # folder -> why it was passed over, as said
+        self._unreadable: dict[Path, str] = {}  # what was passed over -> why, as said
         self.looks = 0
         """How often a trial was looked at in full."""
 
@@ -129,7 +129,7 @@ class Lookout:
             moved(name)
         self._stamps = found
         to_look_at = [name for name, stamp in found.items() if not self._is_still_quiet(name, stamp, in_use, is_full)]
-        optimizer_lives = FileLock.is_held(self._study.optimizer_lock)
+        optimizer_lives = self._optimizer_lives()
         views = []
         for trial in sorted((TrialLayout(self._study.root / name) for name in to_look_at), key=_by_number):
             documents = _document_stamps(str(trial.folder))
@@ -173,12 +173,21 @@ class Lookout:
         self._unreadable.pop(self._study.root, None)
         return found
 
-    def _pass_over(self, folder: Path, error: Exception) -> None:
-        """Say once why a folder is not looked at, and again when the reason is another."""
+    def _optimizer_lives(self) -> bool:
+        try:
+            lives = FileLock.is_held(self._study.optimizer_lock)
+        except ResourceError as error:
+            self._pass_over(self._study.optimizer_lock, error)
+            return True  # so that no trial is over before its time
+        self._unreadable.pop(self._study.optimizer_lock, None)
+        return lives
+
+    def _pass_over(self, path: Path, error: Exception) -> None:
+        """Say once why something is not looked at, and again when the reason is another."""
         why = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-        if self._unreadable.get(folder) != why:
-            self._unreadable[folder] = why
-            log_change(_log, "folder passed over", level=logging.WARNING, folder=folder, why=why)
+        if self._unreadable.get(path) != why:
+            self._unreadable[path] = why
+            log_change(_log, "passed over", level=logging.WARNING, path=path, why=why)
 
     def _gone_or_replaced(self, found: dict[str, Stamp]) -> list[str]:
         changed = [name for name, stamp in self._stamps.items() if found.get(name) != stamp]

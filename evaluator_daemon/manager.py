@@ -232,10 +232,10 @@ class Manager:
 
     @contextlib.contextmanager
     def _or_later(self, what: str) -> Iterator[None]:
-        """A disk that takes nothing ends no manager: that is said once, and every tick tries again."""
+        """A disk that takes or gives nothing ends no manager: that is said once, and every tick tries again."""
         try:
             yield
-        except (DiskError, OSError) as error:
+        except (ResourceError, OSError) as error:
             if not self._home.is_ours():
                 raise
             if self._said_put_off.get(what) != str(error):

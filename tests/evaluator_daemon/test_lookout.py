@@ -196,8 +196,8 @@ def test_a_folder_that_cannot_be_read_is_said_once_passed_over_and_looked_at_aga
         (post.study.trial(3).folder / f"{spoil.__name__}.safetensors").write_bytes(b"x")
         assert post.sweep() == ["trial_0003!"], "the other trials are looked at"
         assert post.sweep_in_full() == ["trial_0003!"]
-        (line,) = [record for record in caplog.records if record.message == "folder passed over"]
-        assert line.fields["folder"] == folder
+        (line,) = [record for record in caplog.records if record.message == "passed over"]
+        assert line.fields["path"] == folder
         assert str(spoiled) in line.fields["why"], "and the new reason is said again"
         caplog.clear()
         if spoil is a_lock_that_cannot_be_opened:
@@ -224,3 +224,14 @@ def test_a_failing_disk_or_mount_ends_no_sweep_and_makes_no_trial_gone(post, mon
     assert post.sweep_in_full() == ["trial_0003!"]
     failing.clear()
     assert "trial_0002" in post.sweep_in_full()
+
+
+def test_an_optimizers_lock_that_cannot_be_opened_ends_no_sweep_and_no_trial(post, caplog):
+    live = post.study.trial(4)
+    live.folder.mkdir()
+    write_documents(live, "training")
+    post.study.optimizer_lock.symlink_to(post.study.optimizer_lock.name)
+    views = [post.lookout.sweep((), lambda view: None, lambda name: None) for _ in range(2)][1]
+    assert [(view.name, view.owner_lives) for view in views] == [("trial_0004", True)]
+    (line,) = [record for record in caplog.records if record.message == "passed over"]
+    assert "optimizer.lock: the lock file cannot be opened" in line.fields["why"]

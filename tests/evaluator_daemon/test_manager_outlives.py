@@ -128,7 +128,7 @@ def test_a_folder_that_goes_while_the_manager_moves_in_is_still_gone(study, capl
         gone = [str(r.fields["why"]) for r in caplog.records if r.message == "study folder gone, waiting for it"]
         assert len(gone) == 2
         assert "cannot be opened" in gone[1]
-        with pytest.raises(ResourceError, match="put it back"):
+        with pytest.raises(ResourceError, match="cannot be opened"):
             home.come_back(is_needed=True)
         study.manager_lock.rmdir()
         assert home.come_back(is_needed=False)
