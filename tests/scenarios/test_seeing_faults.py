@@ -38,6 +38,12 @@ NEVER = 100_000.0
 Start = Callable[..., subprocess.Popen]
 
 
+def remove(folder: Path) -> None:
+    """Delete a folder that somebody may be writing into."""
+    while folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.fixture
 def study(tmp_path) -> StudyLayout:
     """A study of three finished trials and one in training."""
@@ -188,7 +194,7 @@ def test_watches_that_were_used_up_are_tried_again_later(tmp_path):
 @pytest.mark.parametrize("at_once", [True, False])
 def test_a_deleted_and_remade_root_is_taken_over(study, start, at_once):
     start(check_interval=0.3, full_sweep=NEVER)
-    shutil.rmtree(study.root)
+    remove(study.root)
     if not at_once:
         said = study.root.parent / "manager.out"
         until(lambda: "study folder gone, waiting for it" in said.read_text(), "that it is gone")
@@ -202,7 +208,7 @@ def test_a_deleted_and_remade_root_is_taken_over(study, start, at_once):
 
 def test_the_remade_root_is_watched(study, start):
     start(check_interval=2.0, full_sweep=NEVER)
-    shutil.rmtree(study.root)
+    remove(study.root)
     fill(study)
     until(lambda: study.manager_state.exists(), "the new folder")
     for number in range(10, 16):  # six sweeps by the clock would take twelve seconds
