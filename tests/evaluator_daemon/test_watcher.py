@@ -106,7 +106,7 @@ def moved(folder: Path) -> None:
 
 
 def found_by(watches: Watches) -> str | None:
-    """What a check finds, a moment later where the new folder got the old one's inode: then only the dead thread tells."""
+    """What a check finds; a moment later where the new folder got the old inode: then only the dead thread tells."""
     deadline = time.monotonic() + 20
     while (why := watches.check()) is None and time.monotonic() < deadline:
         time.sleep(0.01)
