@@ -31,6 +31,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 
+from evaluator_daemon.folder import has_results
 from evaluator_daemon.job import Job
 from evaluator_daemon.process import PRELOADED, run_evaluator_process
 from examples.tiny_world.paths import BASE_MODEL, DATASET
@@ -278,8 +279,13 @@ def _evaluator_fate(random: Random, moments: Moments) -> tuple[str, str, float |
 
 
 def _open_checkpoints(trial: TrialLayout) -> int:
-    recorded = {name for name, record in records_of(trial).items() if record.status == "recorded"}
-    return sum(path.stem not in recorded for path in trial.list_checkpoints())
+    """How many are still to be rendered: of one whose results were written only the record is missing."""
+    settled = {
+        name
+        for name, record in records_of(trial).items()
+        if record.status == "recorded" or (record.status == "evaluating" and has_results(record, trial.evaluations))
+    }
+    return sum(path.stem not in settled for path in trial.list_checkpoints())
 
 
 def _evaluate_in_peace(ground: Ground, trials: Iterable[TrialLayout], moments: Moments) -> None:
