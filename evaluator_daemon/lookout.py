@@ -24,6 +24,8 @@ from shared.locks import FileLock
 from shared.logs import log_change
 from shared.schemas import TERMINAL_STATES, CheckpointRecord, EvaluationState, QuarantinedCheckpoint
 
+COMPARED_AT_ONCE = 200
+"""Quiet trials that one sweep of a full one compares file by file; what is new must not wait for all of them."""
 FULL_SWEEP_S = 300.0
 """How late something is seen that changes no folder's stamps and sends no event."""
 LOST_EVENTS_GAP_S = 5.0
@@ -84,12 +86,18 @@ class Lookout:
         self._wall_clock = wall_clock
         self._last_full_s = -float("inf")
         self._full_due_s = -float("inf")
+        self._to_compare: list[str] = []
         self._quiet: dict[str, _Quiet] = {}
         self._stamps: dict[str, Stamp] = {}
         self._documents: dict[str, Documents] = {}
         self._unreadable: dict[Path, str] = {}  # what was passed over -> why, as said
         self.looks = 0
         """How often a trial was looked at in full."""
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a full sweep goes on with the next sweep, which should come at once."""
+        return bool(self._to_compare)
 
     @property
     def names(self) -> Collection[str]:
@@ -119,16 +127,22 @@ class Lookout:
             moved: called with the name of every trial that is gone, or whose folder is another one now.
         """
         begin_s = self._clock()
-        is_full = begin_s >= self._full_due_s
-        if is_full:
+        if begin_s >= self._full_due_s:
             self._last_full_s, self._full_due_s = begin_s, begin_s + self._full_sweep_s
+            self._to_compare = list(self._quiet)
+        compared = set(self._to_compare[:COMPARED_AT_ONCE])
+        del self._to_compare[:COMPARED_AT_ONCE]
         trusted_before_ns = int((self._wall_clock() - COARSEST_CLOCK_S) * 1e9)
         found = self._list()
         for name in self._gone_or_replaced(found):
             self._forget(name)
             moved(name)
         self._stamps = found
-        to_look_at = [name for name, stamp in found.items() if not self._is_still_quiet(name, stamp, in_use, is_full)]
+        to_look_at = [
+            name
+            for name, stamp in found.items()
+            if name in in_use or not self._is_still_quiet(name, stamp, by_file=name in compared)
+        ]
         optimizer_lives = self._optimizer_lives()
         views = []
         for trial in sorted((TrialLayout(self._study.root / name) for name in to_look_at), key=_by_number):
@@ -193,11 +207,11 @@ class Lookout:
         changed = [name for name, stamp in self._stamps.items() if found.get(name) != stamp]
         return [name for name in changed if name not in found or found[name][:2] != self._stamps[name][:2]]
 
-    def _is_still_quiet(self, name: str, stamp: Stamp, in_use: Collection[str], is_full: bool) -> bool:
+    def _is_still_quiet(self, name: str, stamp: Stamp, *, by_file: bool) -> bool:
         quiet = self._quiet.get(name)
-        if quiet is None or quiet.stamp != stamp or name in in_use:
+        if quiet is None or quiet.stamp != stamp:
             return False
-        return not is_full or quiet.fingerprint == _fingerprint(str(self._study.root / name))
+        return not by_file or quiet.fingerprint == _fingerprint(str(self._study.root / name))
 
     def _is_quiet(self, view: TrialView) -> bool:
         # A trial that is neither final nor without a state comes back to life with the optimizer, and changes nothing.

@@ -185,7 +185,8 @@ class Manager:
         self._start_and_stop(trials)
         self._write_state(trials, "running")
         self._say_waits()
-        if not self._evaluators.names and not self._errands and self._is_done(trials):
+        idle = not self._evaluators.names and not self._errands and not self._lookout_goes_on
+        if idle and self._is_done(trials):
             self._service.stop()
 
     def close(self) -> None:
@@ -316,7 +317,14 @@ class Manager:
     def _look(self) -> list[TrialView]:
         """Return the trials about which there may be something to do."""
         assert self._lookout is not None
-        return self._lookout.sweep(self._evaluators.names, self._see, self._say_moved)
+        trials = self._lookout.sweep(self._evaluators.names, self._see, self._say_moved)
+        if self._lookout.is_under_way:
+            self._service.wake()
+        return trials
+
+    @property
+    def _lookout_goes_on(self) -> bool:
+        return self._lookout is not None and self._lookout.is_under_way
 
     def _see(self, trial: TrialView) -> None:
         self._service.keep_alive()

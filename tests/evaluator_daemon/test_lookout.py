@@ -165,6 +165,19 @@ def test_a_trial_of_another_trainer_is_quiet_once_it_is_over(post):
     assert post.sweep() == []
 
 
+def test_a_full_sweep_of_many_trials_goes_on_from_sweep_to_sweep(post, monkeypatch):
+    monkeypatch.setattr("evaluator_daemon.lookout.COMPARED_AT_ONCE", 1)
+    for number in (1, 3):
+        trial = post.study.trial(number)
+        path = trial.final_checkpoint
+        os.truncate(path, path.stat().st_size - 1)  # changes no folder
+    assert post.sweep_in_full() == ["trial_0001!"]
+    assert post.lookout.is_under_way
+    assert post.sweep() == ["trial_0001!"], "what is not quiet is looked at each time"
+    assert post.sweep() == ["trial_0001!", "trial_0003!"]
+    assert not post.lookout.is_under_way
+
+
 def test_full_sweeps_that_lost_events_demand_keep_a_distance(post):
     trial = post.study.trial(2)
     (trial.folder / WEIGHTS).touch()
