@@ -52,6 +52,7 @@ from tests.scenarios.written_study import make_trial, outcomes, plan_study, reco
 KILLS_PER_FOLDER = 30
 BUSY_SHARE = 6  # every so-many-th kill of a manager has evaluators at work: their server takes seconds to import torch
 DEATHS_OVER_A_CHECKPOINT = 3  # five in a row, while others are scored, make it suspect, and rightly so
+IDLE_S = 0.5
 PATIENCE_S = 600.0  # a busy machine may take long, a working one never does
 EPOCHS = 3
 KILLED = -signal.SIGKILL
@@ -452,12 +453,17 @@ def _kill_one_manager(ground: Ground, moments: Moments, *, is_busy: bool) -> Non
     if is_busy:
         place = random.choice(("manager.evaluator_started", "with evaluators at work"))
     has_failpoint = "." in place
-    times = random.randint(1, 6) if place.startswith("files.") else 1
+    times = random.randint(1, 3) if place.startswith("files.") else 1
     failpoint = f"{place}=kill@{times}" if has_failpoint else ""
     begin = time.monotonic()
     daemon = ground.lab.manager("--check-interval", 0.05, failpoints=failpoint)
     try:
-        if has_failpoint:
+        if place.startswith("files."):  # an idle manager may write no more for a minute: then it is killed idle
+            _wait_for(daemon, lambda: "trial seen" in daemon.said, "it sees no trial")
+            deadline = time.monotonic() + IDLE_S
+            while daemon.exit_status is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+        elif has_failpoint:
             wait_until(lambda: daemon.exit_status is not None, PATIENCE_S, f"{place} is never reached")
         elif place == "at once":
             time.sleep(moments.choose())
