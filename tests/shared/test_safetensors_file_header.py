@@ -141,7 +141,7 @@ def test_20_000_tensors_are_still_accepted(tmp_path):
     path = saved(tmp_path / "a.safetensors", file_of(tensors, HALVES * 20_000))
     start = time.process_time()
     assert len(read_checkpoint(path, tmp_path).tensors) == 20_000
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 20, "work that grows with the square of the number would take minutes"
 
 
 PATHS = ["../../etc/x", "/etc/x", "a/b", "..", "a..b", "a\\b", "C:\\x"]
