@@ -63,7 +63,7 @@ def test_2000_random_mutations_never_pass_as_the_original(tmp_path, with_hash):
         os.pwrite(fd, bytes([byte]), at)
         start = time.process_time()
         (in_data if at >= data_start else in_header)[outcome_of(path, original)] += 1
-        assert time.process_time() - start < 1
+        assert time.process_time() - start < 20
         os.pwrite(fd, file[at : at + 1], at)
     os.close(fd)
     assert in_header.total() + in_data.total() == MUTATIONS
