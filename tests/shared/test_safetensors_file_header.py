@@ -121,7 +121,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize(("code", "bomb"), BOMBS.values(), ids=BOMBS.keys())
-def test_a_header_bomb_is_refused_within_a_second_of_work(tmp_path, code, bomb):
+def test_a_header_bomb_is_refused_without_much_work(tmp_path, code, bomb):
     path = saved(tmp_path / "a.safetensors", bomb())
     start = time.process_time()
     assert refusal_of(path, tmp_path) == code
