@@ -130,8 +130,9 @@ def test_an_overflow_of_the_kernels_queue_leads_to_a_full_sweep(study, start):
     manager = start(check_interval=0.3, full_sweep=NEVER)
     time.sleep(2.5)
     manager.send_signal(signal.SIGSTOP)
+    until(lambda: Path(f"/proc/{manager.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", "it is stopped")
     flooded = study.root / "x"
-    for _ in range(limit // 2 + 10):  # made and closed
+    for _ in range(limit // 2 + 1000):  # made and closed
         os.close(os.open(flooded, os.O_WRONLY | os.O_CREAT))
         flooded.unlink()
     change_unnoticed(study.trial(2))
