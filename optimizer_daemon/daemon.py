@@ -33,6 +33,7 @@ from optimizer_daemon.start_checks import check_inputs
 from optimizer_daemon.study_file import begun, rewritten
 from optimizer_daemon.summary import ended_text, progress_fields, progress_parts, seconds, seconds_left, stopped_text
 from optimizer_daemon.trainers import TRAINERS
+from optimizer_daemon.trainers.base import Prepares
 from shared.devices import gpu_uuid, require_device, resolve_device
 from shared.durations import duration
 from shared.errors import LabError, ResourceError, SettingsError, Stopped
@@ -99,7 +100,7 @@ class OptimizerDaemon:
             LabError: something a person has to mend first.
         """
         self._space = load_space(self._settings.search_space)
-        self._trainer = TRAINERS.load(self._settings.trainer)
+        self._trainer = TRAINERS.load(self._settings.trainer_name)
         SAMPLERS.load(self._settings.sampler)
         require_device(self._settings.device)
         make_writable_folder("--output-dir", self.layout.root)
@@ -142,6 +143,8 @@ class OptimizerDaemon:
         threads = self._run.threads_per_process
         self._scoring = ScoringCommand(self._evaluator, settings.device, threads, self._clock)
         gpu = gpu_uuid(resolve_device(settings.device))
+        if isinstance(self._trainer, Prepares):
+            self._trainer.prepare(self._run, self.layout)
         self._runner = Runner(self._trainer, self._run, gpu, settings.gpu_policy)
         self._pictures = PictureRefresh(self.layout)
         requests = RequestFolder(self.layout, "optimizer")
@@ -189,7 +192,7 @@ class OptimizerDaemon:
         for live in self._live:
             if live.state.state == "training" and not self._runner.ended_well(live):
                 live.write_state(state="interrupted", reason=reason)
-                log_change(_log, "trial interrupted", trial=live.number, saved=live.layout.training_state.exists())
+                log_change(_log, "trial interrupted", trial=live.number, saved=bool(live.layout.list_training_states()))
         self._run = rewritten(self._run, self.layout, "stopped", now_local())
         self._pictures.stop()
         self._line.say(stopped_text(self._live, self._finished, self._target))

@@ -145,11 +145,11 @@ def drop_training_state(trial: TrialLayout) -> None:
         DiskError: it could not be removed.
     """
     sweep_temp_files(trial.folder)
-    try:
-        if trial.training_state.exists():
-            shutil.rmtree(trial.training_state)
-    except OSError as error:
-        raise DiskError(trial.training_state, error) from error
+    for folder in trial.list_training_states():
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            raise DiskError(folder, error) from error
 
 
 def live_trial(layout: StudyLayout, draw: Draw, space: SearchSpace, *, seed: int, time: datetime) -> LiveTrial:
@@ -195,7 +195,7 @@ def params_of(draw: Draw, space: SearchSpace, seed: int) -> TrialParams:
 def _never_began(trial: TrialLayout) -> bool:
     """Tell whether a training that was announced left no trace: nobody came to start its supervisor."""
     said = trial.training_log.exists() and trial.training_log.stat().st_size > 0
-    return not said and not trial.trainer_exit.exists() and not trial.training_state.exists()
+    return not said and not trial.trainer_exit.exists() and not trial.list_training_states()
 
 
 def refuse_unknown_trials(study: TuningStudy, layout: StudyLayout) -> None:

@@ -119,7 +119,8 @@ class Runner:
     def start(self, live: LiveTrial, now: float) -> None:
         """Start the training; from its saved state where there is one."""
         sweep_temp_files(live.layout.folder)
-        plan = self._trainer.plan(live.params, live.layout, self._run)
+        resume = self._trainer.resume_point(live.layout)
+        plan = self._trainer.plan(live.params, live.layout, self._run, resume=resume)
         for path, text in plan.files.items():
             target = live.layout.folder / path
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -228,7 +229,7 @@ class Runner:
             resumes=live.state.resumes,
             trainer_alive=alive,
             ending="unknown" if alive else self.ending(live),
-            resumable=not alive and live.layout.training_state.exists(),
+            resumable=not alive and self._trainer.resume_point(live.layout) is not None,
             final_complete=not alive and _is_whole(live.layout),
             last_progress=live.last_progress,
             patience_s=_patience_s(live),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from optimizer_daemon.search.load import preset_names as search_spaces
 from shared.gpu_lease import GpuPolicy
 from shared.scoring_presets import preset_names as scorings
-from shared.settings import DaemonSettings, load_settings
+from shared.settings import DaemonSettings, load_settings, read_trainer_options
+
+ModelFamily = Literal["sd15", "sdxl"]
 
 
 class OptimizerSettings(DaemonSettings):
@@ -43,8 +47,20 @@ class OptimizerSettings(DaemonSettings):
         "pruning, on a CPU too",
     )
     search_space: str = Field("v2.1", description="a preset (v1, v2.1) or a TOML file")
-    trainer: str = Field(
-        "native", min_length=1, description="who trains: native, or one of your own as module:attribute"
+    trainer: str | None = Field(
+        None,
+        min_length=1,
+        description="who trains: native, kohya, command, or one of your own as module:attribute (default: kohya with "
+        "--sd-scripts-dir, else native)",
+    )
+    sd_scripts_dir: Path | None = Field(
+        None, description="checkout of kohya-ss/sd-scripts (default: SD_SCRIPTS_DIR); for --trainer kohya"
+    )
+    trainer_python: Path | None = Field(
+        None, description="Python of the trainer's own environment (default: this one; kohya: its checkout's venv)"
+    )
+    model_family: ModelFamily | None = Field(
+        None, description="family of the base model, sd15 or sdxl (default: as the model itself says)"
     )
     sampler: str = Field("tpe", min_length=1, description="how parameters are drawn: tpe, or random throughout")
     metrics: str | None = Field(
@@ -67,6 +83,18 @@ class OptimizerSettings(DaemonSettings):
     cfg_scale: float = Field(7.5, ge=0, description="classifier-free guidance scale of the pictures")
     render_steps: int = Field(20, ge=1, description="sampling steps of the pictures")
 
+    _trainer_options: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @property
+    def trainer_name(self) -> str:
+        """Who trains, the default resolved."""
+        return self.trainer or ("native" if self.sd_scripts_dir is None else "kohya")
+
+    @property
+    def trainer_options(self) -> Mapping[str, Any]:
+        """The study file's [trainer.<name>] table."""
+        return self._trainer_options
+
 
 def load_optimizer_settings(arguments: argparse.Namespace) -> OptimizerSettings:
     """Return the effective settings; a search space or scoring file that the study file names lies beside it.
@@ -83,4 +111,10 @@ def load_optimizer_settings(arguments: argparse.Namespace) -> OptimizerSettings:
             config = arguments.config
             beside = config is not None and loaded.origins[field].startswith(str(config))
             changes[field] = str((config.parent / name if beside else Path(name)).absolute())
-    return loaded.settings.model_copy(update=changes)
+    settings = loaded.settings
+    name = settings.trainer_name
+    # A variable that all programs see names the checkout, but never chooses the trainer.
+    directory = settings.sd_scripts_dir or (Path(text) if (text := os.environ.get("SD_SCRIPTS_DIR")) else None)
+    settings = settings.model_copy(update={**changes, "trainer": name, "sd_scripts_dir": directory})
+    settings._trainer_options = read_trainer_options(arguments.config, name)
+    return settings

@@ -11,8 +11,8 @@ from optimizer_daemon.runner import now_local
 from optimizer_daemon.search.expressions import Value
 from optimizer_daemon.search.space import SearchSpace
 from optimizer_daemon.settings import OptimizerSettings
-from optimizer_daemon.study_file import find_run, require_inputs
-from optimizer_daemon.trainers.base import ChecksInput, TrainerPlugin, holds_out
+from optimizer_daemon.study_file import find_run, require_inputs, trainer_of
+from optimizer_daemon.trainers.base import ChecksInput, TrainerInput, TrainerPlugin, holds_out
 from shared.errors import SettingsError, UserError
 from shared.layout import StudyLayout
 from shared.schemas import Run
@@ -33,19 +33,23 @@ def check_inputs(
         UserError: something of it will not do; nothing was written.
         ContractError: run.json is damaged.
     """
-    if isinstance(trainer, ChecksInput):
-        trainer.check_input(*require_inputs(settings))
-    run = find_run(settings, study, now_local())
+    version = trainer.check_input(_given(settings)) if isinstance(trainer, ChecksInput) else None
+    run = find_run(settings, study, now_local(), trainer_version=version)
     if run.pictures is not None and run.pictures.held_out and not holds_out(trainer):
         raise SettingsError(
             "--trainer",
-            settings.trainer,
+            settings.trainer_name,
             f"this study measures likeness to {len(run.pictures.held_out)} pictures that must not be trained on, and "
             "this trainer does not promise to leave them out (holds_out = True); take one that does, or leave the "
             "likeness metrics and scorings that need them out",
         )
     _rehearse(settings, study, space, trainer, pinned, run)
     return run
+
+
+def _given(settings: OptimizerSettings) -> TrainerInput:
+    base_model, dataset_config = require_inputs(settings)
+    return TrainerInput(base_model, dataset_config, settings.model_family, trainer_of(settings), settings.device)
 
 
 def _rehearse(

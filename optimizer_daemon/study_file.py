@@ -6,7 +6,6 @@ import importlib
 import os
 import platform
 import secrets
-import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -37,13 +36,15 @@ WORKLOAD = "sd-lora"
 CAPTION_EXTENSION = ".caption"  # sd-scripts' default
 MOST_PROMPTS = 8
 
-_FREE = {"n_trials", "max_epochs", "timeout", "device", "gpu_policy"}
+_FREE = {"n_trials", "max_epochs", "timeout", "device", "gpu_policy", "sd_scripts_dir", "trainer_python"}
 """Settings that may differ from one start to the next; with any other changed, scores could not be compared."""
 
 _LIBRARIES = ("lora-tuner", "torch", "diffusers", "transformers", "peft", "optuna")
 
 
-def find_run(settings: OptimizerSettings, study: StudyLayout, now: datetime) -> Run:
+def find_run(
+    settings: OptimizerSettings, study: StudyLayout, now: datetime, *, trainer_version: str | None = None
+) -> Run:
     """Return what the study's run.json has to say from now on; nothing is written.
 
     It is made from the settings at the first start and compared with them later.
@@ -62,7 +63,7 @@ def find_run(settings: OptimizerSettings, study: StudyLayout, now: datetime) -> 
             raise StudyMismatchError(
                 f"{study.root} holds a study but no run.json; put run.json back, or choose another --output-dir"
             ) from None
-        run = _made(settings, study, shown, now)
+        run = _made(settings, study, shown, now, trainer_version)
     else:
         _refuse_changes(run, settings, shown)
         if run.storage == _storage(None, study) and not study.database.exists() and study.list_trials():
@@ -71,7 +72,27 @@ def find_run(settings: OptimizerSettings, study: StudyLayout, now: datetime) -> 
                 "--output-dir"
             )
     free = {_flag(name): shown[_flag(name)] for name in _FREE}
-    return run.model_copy(update={"status": "running", "updated": now, "settings": {**run.settings, **free}})
+    here = trainer_of(settings)
+    trainer = run.trainer.model_copy(update={"python": here.python, "directory": here.directory})
+    return run.model_copy(
+        update={"status": "running", "updated": now, "settings": {**run.settings, **free}, "trainer": trainer}
+    )
+
+
+def trainer_of(settings: OptimizerSettings, version: str | None = None) -> Trainer:
+    """Return what run.json says of the trainer.
+
+    Args:
+        version: of its program, where that is known by now.
+    """
+    directory = settings.sd_scripts_dir
+    return Trainer(
+        name=settings.trainer_name,
+        version=version,
+        python=None if settings.trainer_python is None else str(settings.trainer_python.absolute()),
+        directory=None if directory is None else str(directory.absolute()),
+        options=dict(settings.trainer_options),
+    )
 
 
 def require_inputs(settings: OptimizerSettings) -> tuple[Path, Path]:
@@ -159,7 +180,7 @@ def threads_per_process() -> int:
     return max(1, len(os.sched_getaffinity(0)) // 2)
 
 
-def _made(settings: OptimizerSettings, study: StudyLayout, shown: Shown, now: datetime) -> Run:
+def _made(settings: OptimizerSettings, study: StudyLayout, shown: Shown, now: datetime, version: str | None) -> Run:
     base_model, dataset_config = require_inputs(settings)
     scoring, pictures = _measuring(settings, dataset_config)
     prompts = (
@@ -190,7 +211,7 @@ def _made(settings: OptimizerSettings, study: StudyLayout, shown: Shown, now: da
         plan=plan,
         plan_hash=plan.digest(),
         pictures=pictures,
-        trainer=Trainer(name=settings.trainer, version=_version("lora-tuner"), python=sys.executable),
+        trainer=trainer_of(settings, version),
         settings=shown,
         threads_per_process=threads_per_process(),
         versions={"python": platform.python_version()}
@@ -238,6 +259,12 @@ def _refuse_changes(run: Run, settings: OptimizerSettings, shown: Shown) -> None
         f"--{flag}: {before[flag]} -> {value}"
         for flag, value in shown.items()
         if flag.replace("-", "_") not in _FREE and before[flag] != value
+    ]
+    options = dict(settings.trainer_options)
+    changed += [
+        f"[trainer.{settings.trainer_name}] {name}: {run.trainer.options.get(name)} -> {options.get(name)}"
+        for name in sorted({*options, *run.trainer.options})
+        if run.trainer.options.get(name) != options.get(name)
     ]
     if changed:
         raise StudyMismatchError(

@@ -41,8 +41,8 @@ def stopped_text(live: Sequence[LiveTrial], finished: int, target: int) -> str:
     lines = [f"Stopped. {finished} of {target} trials are finished and saved."]
     for trial in live:
         match trial.state.state:
-            case "interrupted" if trial.layout.training_state.exists():
-                lines.append(f"Trial {trial.number} goes on from its training state in {trial.layout.training_state}.")
+            case "interrupted" if states := trial.layout.list_training_states():
+                lines.append(f"Trial {trial.number} goes on from its training state in {states[-1]}.")
             case "interrupted":
                 lines.append(f"Trial {trial.number} had saved nothing yet and begins again, with the same parameters.")
             case "trained" | "training":

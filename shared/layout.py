@@ -242,6 +242,13 @@ class TrialLayout:
     def final_evaluation(self) -> RenderLayout:
         return RenderLayout(self.folder / "evaluation")
 
+    def list_training_states(self) -> list[Path]:
+        """Return the folders a training can go on from: the native trainer's, or kohya's, the oldest first."""
+        kohyas = sorted(path for path in _entries(self.folder) if path.name.endswith("-state") and path.is_dir())
+        # The final state has no number and would sort before the numbered ones.
+        kohyas.sort(key=lambda path: path.name == f"{self.output_name}-state")
+        return [*([self.training_state] if self.training_state.exists() else []), *kohyas]
+
     def list_checkpoints(self) -> list[Path]:
         """Return the weight files directly in the folder, by name; a missing folder has none.
 

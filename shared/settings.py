@@ -35,6 +35,9 @@ from shared.errors import DiskError, SettingsError
 
 TABLES = ("optimizer", "evaluator")
 
+TRAINER_TABLE = "trainer"
+"""Beside them: one table below it for each trainer, with settings that only that trainer knows."""
+
 
 class DaemonSettings(BaseSettings):
     """Base of both models. Every field has a description that names its unit.
@@ -114,6 +117,22 @@ def load_settings(
         raise SettingsError(where, _plain(first["input"]), _remedy(first, fields[field])) from error
 
 
+def read_trainer_options(config: Path | None, trainer: str) -> dict[str, Any]:
+    """Return the study file's [trainer.<name>] table; empty without one.
+
+    A text that starts with ./ or ../ is a path beside the file, and comes back absolute.
+
+    Raises:
+        SettingsError: it is no table.
+    """
+    if config is None:
+        return {}
+    options = _document(config)[0].get(TRAINER_TABLE, {}).get(trainer, {})
+    if not isinstance(options, dict):
+        raise SettingsError(f"{config}: {TRAINER_TABLE}.{trainer}", options, f"write it as [{TRAINER_TABLE}.{trainer}]")
+    return {name: _path_beside(config, value) for name, value in options.items()}
+
+
 def make_writable_folder(setting: str, folder: Path) -> None:
     """Make `folder` where it is missing and see that files can be made in it.
 
@@ -177,16 +196,11 @@ def _read_environment(model: type[DaemonSettings], prefix: str, environment: Map
 
 
 def _read_study_file(file: Path, model: type[DaemonSettings]) -> dict[str, Any]:
-    try:
-        text = file.read_text(encoding="utf-8")
-        document = tomllib.loads(text)
-    except OSError as error:
-        raise SettingsError("--config", str(file), f"name a readable TOML file ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError("--config", str(file), f"mend the TOML ({error})") from error
+    document, text = _document(file)
     for table, content in document.items():
-        if table not in TABLES or not isinstance(content, dict):
-            hint = f"settings belong into one of the tables {', '.join(f'[{name}]' for name in TABLES)}"
+        if table not in (*TABLES, TRAINER_TABLE) or not isinstance(content, dict):
+            tables = ", ".join(f"[{name}]" for name in (*TABLES, f"{TRAINER_TABLE}.<name>"))
+            hint = f"settings belong into one of the tables {tables}"
             raise SettingsError(f"{file}{_line(text, table)}: {table}", content, hint)
     values: dict[str, Any] = document.get(model.table, {})
     for field, value in values.items():
@@ -196,6 +210,25 @@ def _read_study_file(file: Path, model: type[DaemonSettings]) -> dict[str, Any]:
         if isinstance(value, bool) and model.model_fields[field].annotation is not bool:  # pydantic would read it as 1
             raise SettingsError(f"{file} [{model.table}] {field}", value, "write a value, not true or false")
     return {field: _beside(file, value, model.model_fields[field]) for field, value in values.items()}
+
+
+def _document(file: Path) -> tuple[dict[str, Any], str]:
+    """Return a study file's content and its text."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        return tomllib.loads(text), text
+    except OSError as error:
+        raise SettingsError("--config", str(file), f"name a readable TOML file ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError("--config", str(file), f"mend the TOML ({error})") from error
+
+
+def _path_beside(file: Path, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_path_beside(file, item) for item in value]
+    if isinstance(value, str) and value.startswith(("./", "../")):
+        return str((file.parent / value).absolute())
+    return value
 
 
 def _beside(file: Path, value: Any, info: FieldInfo) -> Any:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from shared.layout import TrialLayout
+from shared.layout import StudyLayout, TrialLayout
 from shared.progress_bar import Progress
-from shared.schemas import Run, TrainerExit, TrialParams
+from shared.schemas import Run, Trainer, TrainerExit, TrialParams
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,61 @@ class LaunchPlan:
     cwd: Path | None = None
 
 
+@dataclass(frozen=True)
+class ResumePoint:
+    """A saved state that a training can go on from.
+
+    Args:
+        state: the folder that holds it.
+        epoch: epochs that are done; None where only the state itself knows.
+    """
+
+    state: Path
+    epoch: int | None = None
+
+
+@dataclass(frozen=True)
+class TrainerInput:
+    """What a study is about to train on, and with what; not yet looked at.
+
+    Args:
+        base_model: as the user named it.
+        dataset_config: kohya's dataset TOML.
+        family: of the base model, where the user said it.
+        trainer: who trains; its options are the study file's [trainer.<name>] table.
+        device: auto, cpu, cuda or cuda:N.
+    """
+
+    base_model: Path
+    dataset_config: Path
+    family: str | None
+    trainer: Trainer
+    device: str
+
+
 class TrainerPlugin(Protocol):
     """One way to train. A trainer never runs anything itself."""
 
-    def plan(self, params: TrialParams, trial: TrialLayout, run: Run, gpu: str | None = None) -> LaunchPlan:
+    def plan(
+        self,
+        params: TrialParams,
+        trial: TrialLayout,
+        run: Run,
+        gpu: str | None = None,
+        resume: ResumePoint | None = None,
+    ) -> LaunchPlan:
         """Return how to train `params`; equal arguments give equal plans, and no file is looked at.
-
-        Starting the same plan in a folder that holds a training state goes on from that state.
 
         Args:
             gpu: the GPU slot, a value for CUDA_VISIBLE_DEVICES; None leaves the choice to the environment.
+            resume: where to go on from, as `resume_point` found it; None trains from the start.
         Raises:
             UserError: a parameter or setting is nothing this trainer can train with.
         """
+        ...
+
+    def resume_point(self, trial: TrialLayout) -> ResumePoint | None:
+        """Return the newest whole state in the trial's folder; None when there is none."""
         ...
 
     def parse_progress(self, line: str) -> Progress | None:
@@ -62,11 +104,26 @@ class TrainerPlugin(Protocol):
 class ChecksInput(Protocol):
     """What a trainer may offer besides: a look at all that its trainings will read, before the study begins."""
 
-    def check_input(self, base_model: Path, dataset_config: Path) -> None:
-        """Look at the base model, the data set and each of its pictures.
+    def check_input(self, given: TrainerInput) -> str | None:
+        """Look at the trainer's own program, the base model, the data set and each of its pictures.
 
+        Returns:
+            The version of the program that trains; None where it has none.
         Raises:
             UserError: something of it cannot be trained with.
+        """
+        ...
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """What a trainer may offer besides: work that is done once for all trials, at each start of the daemon."""
+
+    def prepare(self, run: Run, study: StudyLayout) -> None:
+        """Make what the plans of all trials refer to, where it is not there yet.
+
+        Raises:
+            LabError: it could not be made.
         """
         ...
 

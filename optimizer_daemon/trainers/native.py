@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from optimizer_daemon.lora_training.base_model import inspect_base_model
 from optimizer_daemon.lora_training.config import TrainConfig, to_toml
 from optimizer_daemon.lora_training.optimizer_names import require_optimizer
 from optimizer_daemon.lora_training.toml_file import closest
-from optimizer_daemon.trainers.base import LaunchPlan
+from optimizer_daemon.trainers.base import LaunchPlan, ResumePoint, TrainerInput
 from optimizer_daemon.trainers.diagnosis import explain
 from shared.errors import SettingsError, UserError
 from shared.layout import TrialLayout
@@ -25,6 +27,23 @@ from shared.strict_json import first_fault
 
 TRAIN_CONFIG = "train_config.toml"
 
+# Settings that say what is trained and where; they belong to the study, so [trainer.native] must not have them.
+_OWN = frozenset(
+    {
+        "pretrained_model_name_or_path",
+        "dataset_config",
+        "held_out",
+        "output_dir",
+        "output_name",
+        "logging_dir",
+        "state_dir",
+        "resume",
+        "save_every_n_epochs",
+        "seed",
+        "device",
+        "threads",
+    }
+)
 _OPTIMIZER_ARGS = "optimizer_args."
 _SOURCE_ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,27 +53,39 @@ class NativeTrainer:
 
     holds_out = True  # by their SHA-256, in train_config.toml
 
-    def check_input(self, base_model: Path, dataset_config: Path) -> None:
+    def check_input(self, given: TrainerInput) -> str:
         """See that the base model is one to train and whole, and that every picture decodes and has its caption.
 
+        Returns:
+            This program's version.
         Raises:
             UserError: something of it will not do.
         """
-        require_base_model(base_model, pipelines=("StableDiffusionPipeline",))  # SDXL is rendered, not trained yet
-        base = inspect_base_model(base_model, setting="--base-model")
+        require_base_model(given.base_model, pipelines=("StableDiffusionPipeline",))
+        base = inspect_base_model(given.base_model, setting="--base-model")
         # By name: only this check needs the imaging library, the plans do not.
         dataset: Any = importlib.import_module("optimizer_daemon.lora_training.dataset")
-        dataset.check_data(dataset_config, multiple_of=base.vae_factor)
+        dataset.check_data(given.dataset_config, multiple_of=base.vae_factor)
+        return metadata.version("lora-tuner")
 
-    def plan(self, params: TrialParams, trial: TrialLayout, run: Run, gpu: str | None = None) -> LaunchPlan:
+    def plan(
+        self,
+        params: TrialParams,
+        trial: TrialLayout,
+        run: Run,
+        gpu: str | None = None,
+        resume: ResumePoint | None = None,
+    ) -> LaunchPlan:
         """Return the plan; a parameter may be any setting of train_config.toml, or `optimizer_args.<name>`.
+
+        The training itself looks for its state, so that the same command goes on from there.
 
         Raises:
             UserError: a parameter is no setting of this trainer, or has a value it cannot use.
         """
         folder = trial.folder.absolute()
         trial = TrialLayout(folder)
-        values = _of_study(run, trial) | _of_trial(params)
+        values = _of_study(run, trial) | _of_options(run) | _of_trial(params)
         try:
             config = TrainConfig.model_validate(values)
             require_optimizer(config.optimizer_type)
@@ -70,13 +101,17 @@ class NativeTrainer:
         }
         if gpu is not None:
             env["CUDA_VISIBLE_DEVICES"] = gpu
-        python = run.trainer.python or "python3"
+        python = run.trainer.python or sys.executable
         return LaunchPlan(
             argv=(python, "-m", "optimizer_daemon.lora_training", "--config", str(folder / TRAIN_CONFIG)),
             env=env,
             files={TRAIN_CONFIG: to_toml(config)},
             cwd=_SOURCE_ROOT,  # python -m finds the package there, installed or not; all paths are absolute
         )
+
+    def resume_point(self, trial: TrialLayout) -> ResumePoint | None:
+        """Return the state, which is one file and whole or absent."""
+        return ResumePoint(trial.training_state) if trial.training_state.exists() else None
 
     def parse_progress(self, line: str) -> Progress | None:
         """Read the progress bar, and what is said before there is one."""
@@ -109,6 +144,16 @@ def _of_study(run: Run, trial: TrialLayout) -> dict[str, Any]:
         "device": run.settings.get("device") or "auto",
         "threads": run.threads_per_process,
     }
+
+
+def _of_options(run: Run) -> dict[str, Any]:
+    """What the study file's [trainer.native] table says, for every trial."""
+    for name in run.trainer.options:
+        if name in _OWN or name not in TrainConfig.model_fields:
+            why = "the study itself decides it" if name in _OWN else "the native trainer has no such setting"
+            known = set(TrainConfig.model_fields) - _OWN
+            raise UserError(f"[trainer.native] {name}: {why}{closest(name, known)}; take it out")
+    return run.trainer.options
 
 
 def _of_trial(params: TrialParams) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -34,6 +34,10 @@ class Trainer(Record):
     version: str | None = Field(default=None, description="Its version or commit; null when it has none.")
     python: str | None = Field(
         default=None, description="Interpreter it runs under; null when it is no Python program."
+    )
+    directory: str | None = Field(default=None, description="Folder of its program: a checkout of kohya's sd-scripts.")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="The study file's [trainer.<name>] table: settings of every training."
     )
 
 

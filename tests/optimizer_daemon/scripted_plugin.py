@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from optimizer_daemon.trainers.base import LaunchPlan
+from optimizer_daemon.trainers.base import LaunchPlan, ResumePoint
 from shared.layout import TrialLayout
 from shared.progress_bar import Progress
 from shared.schemas import Run, TrainerExit, TrialParams
@@ -19,11 +19,21 @@ SCRIPT = Path(__file__).with_name("scripted_trainer.py")
 class ScriptedTrainer:
     """The nearer learning_rate to 1e-4, the better the score."""
 
-    def plan(self, params: TrialParams, trial: TrialLayout, run: Run, gpu: str | None = None) -> LaunchPlan:
+    def plan(
+        self,
+        params: TrialParams,
+        trial: TrialLayout,
+        run: Run,
+        gpu: str | None = None,
+        resume: ResumePoint | None = None,
+    ) -> LaunchPlan:
         score = abs(math.log10(float(params.parameters["learning_rate"])) + 4)
         numbers = (params.max_train_epochs, run.settings["save-every-n-epochs"], score)
         argv = (sys.executable, "-S", str(SCRIPT), str(trial.folder), trial.output_name, *map(str, numbers))
         return LaunchPlan(argv, env={}, files={"train_config.toml": f"epochs = {params.max_train_epochs}\n"})
+
+    def resume_point(self, trial: TrialLayout) -> ResumePoint | None:
+        return ResumePoint(trial.training_state) if trial.training_state.exists() else None
 
     def parse_progress(self, line: str) -> Progress | None:
         found = re.match(r"scripted: (\d+) (\d+) ([\d.]+)", line)
