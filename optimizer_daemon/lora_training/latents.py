@@ -5,8 +5,9 @@ The cache has one file per (VAE, image, size, flip):
     <cache>/<first 16 digits of the VAE's digest>/<image digest>-<resized>-<bucket>[-flipped].safetensors
 
 Digests are of contents, so an edited image or another VAE is another file, and trainings may share the folder and fill
-it at the same time: each file appears whole, and its content does not depend on who wrote it. What is frozen is one
-sample of the VAE's posterior, drawn with a seed taken from the file's own name.
+it at the same time: each file appears whole, and its content does not depend on who wrote it. Each carries a checksum:
+one that a disk or a hand has damaged is encoded again. What is frozen is one sample of the VAE's posterior, drawn with
+a seed taken from the file's own name.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def load_latents(
                 check_stop()
                 vae = vae or load_vae(base, hardware)
                 latent = encode(vae, image, flipped=flipped)
-                write_bytes(folder / name, to_bytes({_LATENT: latent}))
+                write_bytes(folder / name, _content(latent))
                 encoded += 1
                 if time.monotonic() - said_at >= _SAY_EVERY_S:  # who watches takes silence for a hang
                     print(f"encoding latents: {number}/{len(images)} images", flush=True)
@@ -157,10 +158,16 @@ def read_pixels(path: Path, fit: Fit) -> Tensor:
 def _read(path: Path) -> Tensor | None:
     """Return a cached latent; None when there is none, or a damaged one, which is then written again."""
     try:
-        latent = parse_tensors(path.read_bytes())[_LATENT]
-    except (FileNotFoundError, SafetensorError, KeyError):
+        content = path.read_bytes()
+        latent = parse_tensors(content)[_LATENT]
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError):  # what damaged headers lead to
         return None
-    return latent if latent.isfinite().all() else None
+    return latent if content == _content(latent) else None
+
+
+def _content(latent: Tensor) -> bytes:
+    """Return the file of a latent: a changed bit makes it differ from what its tensor would be written as."""
+    return to_bytes({_LATENT: latent}, metadata={"sha256": hashlib.sha256(latent.numpy().tobytes()).hexdigest()})
 
 
 def _make(folder: Path) -> None:

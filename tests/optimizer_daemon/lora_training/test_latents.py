@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from optimizer_daemon.lora_training import latents as latents_module
 from optimizer_daemon.lora_training.base_model import inspect_base_model
@@ -103,6 +103,34 @@ def test_a_damaged_cache_file_is_written_again(tmp_path: Path, base_model: Path,
     first.write_bytes(kept[first.name][:50])
     second.write_bytes(b"")
     assert encoded(dataset, base_model, cache).encoded == 2
+    assert files(cache) == kept
+
+
+def test_a_changed_bit_anywhere_in_a_cache_file_is_noticed(tmp_path: Path):
+    file = tmp_path / "latent.safetensors"
+    latent = torch.randn(1, 2, 2, generator=torch.Generator().manual_seed(1))
+    content = latents_module._content(latent)
+    file.write_bytes(content)
+    assert torch.equal(latents_module._read(file), latent)
+    for bit in range(8 * len(content)):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        assert latents_module._read(file) is None, f"bit {bit}"
+
+
+def test_a_latent_without_a_checksum_or_that_is_no_file_is_encoded_again(tmp_path: Path, base_model: Path, cache: Path):
+    dataset = write_dataset(tmp_path)
+    encoded(dataset, base_model, cache)
+    kept = files(cache)
+    first, second, third = sorted(cache.glob("*/*"))
+    save_file(load_file(first), first)  # as older versions wrote it
+    second.unlink()
+    second.symlink_to(tmp_path / "nowhere")
+    changed = bytearray(kept[third.name])
+    changed[-3] ^= 0x10
+    third.write_bytes(changed)
+    assert encoded(dataset, base_model, cache).encoded == 3
     assert files(cache) == kept
 
 
