@@ -14,10 +14,11 @@ from optimizer_daemon.lora_training.dataset import Batch, TrainingData
 from optimizer_daemon.lora_training.latents import default_cache_dir, load_latents
 from optimizer_daemon.lora_training.learner import Learner
 from optimizer_daemon.lora_training.memory import Memory, memory_that_ran_out, out_of_memory
+from optimizer_daemon.lora_training.metadata import Facts, training_metadata
 from optimizer_daemon.lora_training.models import Hardware, choose_hardware
 from optimizer_daemon.lora_training.optimizers import warmup_steps
 from optimizer_daemon.lora_training.reporting import Reporter
-from optimizer_daemon.lora_training.saving import Facts, checkpoint_path, is_due, save_checkpoint, training_metadata
+from optimizer_daemon.lora_training.saving import checkpoint_path, is_due, save_checkpoint
 from optimizer_daemon.lora_training.state import Position, Randomness, load_state, remove_state, save_state
 from optimizer_daemon.lora_training.stopping import StopWish
 from optimizer_daemon.lora_training.toml_file import line_of_key
