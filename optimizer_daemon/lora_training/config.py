@@ -9,17 +9,21 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from optimizer_daemon.lora_training.network_settings import NetworkSettings
+from optimizer_daemon.lora_training.objective_settings import ObjectiveSettings
+from optimizer_daemon.lora_training.rate_settings import RateSettings
 from optimizer_daemon.lora_training.toml_file import read_toml, unknown_key
 from shared.errors import UserError
 from shared.strict_json import first_fault
 
-LrScheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 SavePrecision = Literal["fp16", "bf16", "float"]
 
 FilePath = Annotated[Path, BeforeValidator(lambda value: Path(value) if isinstance(value, str) and value else value)]
-Rate = Annotated[float, Field(ge=0)]
+
+ARGUMENT_TABLES = ("optimizer_args", "lr_scheduler_args")
+"""Settings that are tables; a search space names what is in them as `table.name`."""
 
 _PATHS = (
     "pretrained_model_name_or_path",
@@ -48,12 +52,8 @@ _FREE_ON_RESUME = frozenset(
 )
 
 
-class TrainConfig(BaseModel):
-    """One training. Unknown keys are refused: a misspelt one would train with a default and spoil the trial."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, ser_json_inf_nan="constants"
-    )
+class TrainConfig(ObjectiveSettings, RateSettings, NetworkSettings):
+    """One training."""
 
     # The model, the data, the places
     pretrained_model_name_or_path: FilePath = Field(description="base model, a diffusers folder")
@@ -70,27 +70,6 @@ class TrainConfig(BaseModel):
     )
     resume: bool = Field(False, description="go on from the state in state_dir, where there is one")
 
-    # The network
-    network_dim: int = Field(4, ge=1, description="rank")
-    network_alpha: Rate = Field(1.0, description="scale is alpha / dim; 0 means dim")
-    network_dropout: float | None = Field(None, ge=0, lt=1, description="share of rank neurons dropped at each step")
-
-    # Rates and their course
-    learning_rate: float = Field(gt=0, description="rate of whatever has none of its own")
-    unet_lr: Rate | None = Field(None, description="rate of the UNet's LoRA; 0 leaves the UNet alone")
-    text_encoder_lr: Rate | None = Field(None, description="rate of the text encoder's LoRA; 0 leaves it alone")
-    optimizer_type: str = Field(
-        "AdamW", min_length=1, description="AdamW, AdamW8bit, Lion, ... or package.module.Class"
-    )
-    optimizer_args: dict[str, Any] = Field(default_factory=dict, description="further arguments of the optimizer")
-    max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0 never")
-    lr_scheduler: LrScheduler = Field("constant", description="course of the learning rates")
-    lr_warmup_steps: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = Field(
-        0, description="optimizer steps, or a fraction of all of them"
-    )
-    lr_scheduler_num_cycles: int = Field(1, ge=1, description="restarts of cosine_with_restarts")
-    lr_scheduler_power: float = Field(1.0, gt=0, description="exponent of polynomial")
-
     # The loop
     max_train_epochs: int = Field(ge=1, description="epochs")
     train_batch_size: int = Field(1, ge=1, description="batch size where the dataset TOML sets none")
@@ -100,12 +79,6 @@ class TrainConfig(BaseModel):
     )
     save_precision: SavePrecision = Field("fp16", description="number format of the checkpoints")
     seed: int = Field(42, ge=0, lt=2**63, description="seed of everything random")
-
-    # The objective
-    clip_skip: int | None = Field(None, ge=1, description="text encoder layer counted from the end; 1 is the last")
-    v_parameterization: bool | None = Field(None, description="predict the velocity; as the base model says if unset")
-    min_snr_gamma: float | None = Field(None, gt=0, description="limits the weight of almost clean steps")
-    noise_offset: float | None = Field(None, ge=0, description="strength of the noise common to a channel")
 
     # The machine
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
@@ -119,20 +92,7 @@ class TrainConfig(BaseModel):
     def _consistent(self) -> Self:
         if not self.trains_unet and not self.trains_text_encoder:
             raise ValueError("unet_lr and text_encoder_lr are both 0, so nothing would be trained; raise one")
-        if self.lr_scheduler == "constant" and self.lr_warmup_steps:
-            raise ValueError(
-                f"lr_scheduler 'constant' has no warm-up but lr_warmup_steps is {self.lr_warmup_steps}; "
-                "use 'constant_with_warmup' or lr_warmup_steps = 0"
-            )
         return self
-
-    @property
-    def effective_unet_lr(self) -> float:
-        return self.learning_rate if self.unet_lr is None else self.unet_lr
-
-    @property
-    def effective_text_encoder_lr(self) -> float:
-        return self.learning_rate if self.text_encoder_lr is None else self.text_encoder_lr
 
     @property
     def trains_unet(self) -> bool:
@@ -173,11 +133,11 @@ def load_config(path: Path) -> TrainConfig:
 def to_toml(config: TrainConfig) -> str:
     """Return the file that `load_config` reads as `config`; settings at their default are left out."""
     values = config.model_dump(mode="json", exclude_defaults=True)
-    optimizer_args = values.pop("optimizer_args", {})
+    tables = {name: values.pop(name) for name in ARGUMENT_TABLES if name in values}
     lines = [f"{name} = {_toml_value(value)}" for name, value in values.items() if value is not None]
-    if optimizer_args:
-        lines += ["", "[optimizer_args]"]
-        lines += [f"{_toml_string(name)} = {_toml_value(value)}" for name, value in optimizer_args.items()]
+    for table, arguments in tables.items():
+        lines += ["", f"[{table}]"]
+        lines += [f"{_toml_string(name)} = {_toml_value(value)}" for name, value in arguments.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -21,7 +21,8 @@ from optimizer_daemon.lora_training.models import (
     load_tokenizer,
     load_unet,
 )
-from optimizer_daemon.lora_training.optimizers import create_lr_scheduler, create_optimizer
+from optimizer_daemon.lora_training.optimizers import create_optimizer
+from optimizer_daemon.lora_training.schedulers import create_lr_scheduler
 from optimizer_daemon.lora_training.state import Position, Randomness, TrainingState
 from optimizer_daemon.lora_training.text import TextConditioning
 

@@ -1,4 +1,4 @@
-"""The torch optimizer and the course of its learning rates, by the names users know from sd-scripts."""
+"""The torch optimizer, by the names users know from sd-scripts."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.optimization import get_scheduler
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from transformers.optimization import Adafactor
 
 from optimizer_daemon.lora_training.config import TrainConfig
 from optimizer_daemon.lora_training.lora import LoraNetwork
@@ -18,7 +17,7 @@ from optimizer_daemon.lora_training.optimizer_names import NAMED, class_path
 from shared.errors import SettingsError
 
 # Adafactor's own defaults would replace the learning rates by a relative step and refuse a warm-up.
-_FIXED: Mapping[str, Mapping[str, Any]] = {
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "adafactor": {"scale_parameter": False, "relative_step": False, "warmup_init": False},
 }
 
@@ -53,45 +52,29 @@ def create_optimizer(config: TrainConfig, network: LoraNetwork) -> TorchOptimize
     groups = [
         (label, {"params": network.parameters_of(names), "lr": rate}) for label, names, rate in named_groups if names
     ]
+    rate: float | None = config.learning_rate
+    if kind is Adafactor and arguments.get("relative_step", True):
+        _require_own_course(config)
+        rate = None  # it chooses the steps itself
+        for _, group in groups:
+            group["lr"] = None
     # One kernel for all tensors instead of several per tensor; the arithmetic is the same.
     speed: dict[str, Any] = (
         {"fused": True} if kind is torch.optim.AdamW and not arguments.keys() & {"foreach", "fused"} else {}
     )
     try:
         build: Callable[..., Optimizer] = kind
-        optimizer = build([group for _, group in groups], lr=config.learning_rate, **arguments, **speed)
+        optimizer = build([group for _, group in groups], lr=rate, **arguments, **speed)
     except (TypeError, ValueError) as error:
         raise SettingsError("optimizer_args", config.optimizer_args, f"{name} refuses them: {error}") from error
     shown = ",".join(f"{key}={value}" for key, value in arguments.items())
     return TorchOptimizer(optimizer, tuple(label for label, _ in groups), f"{name}({shown})" if shown else name)
 
 
-def create_lr_scheduler(config: TrainConfig, optimizer: Optimizer, total_steps: int) -> LambdaLR:
-    """Return diffusers' schedule over `total_steps` optimizer steps; warm-up is counted in optimizer steps, too.
-
-    Raises:
-        SettingsError: the schedule cannot be had with this learning rate or warm-up.
-    """
-    warmup = warmup_steps(config, total_steps)
-    if config.lr_scheduler == "polynomial" and warmup == total_steps:
-        raise SettingsError("lr_warmup_steps", warmup, f"polynomial needs fewer than all {total_steps} optimizer steps")
-    try:
-        return get_scheduler(
-            config.lr_scheduler,
-            optimizer,
-            num_warmup_steps=warmup,
-            num_training_steps=total_steps,
-            num_cycles=config.lr_scheduler_num_cycles,
-            power=config.lr_scheduler_power,
-        )
-    except ValueError as error:
-        raise SettingsError("lr_scheduler", config.lr_scheduler, str(error)) from error
-
-
-def warmup_steps(config: TrainConfig, total_steps: int) -> int:
-    """Return the warm-up in optimizer steps; a fraction is one of `total_steps`."""
-    warmup = config.lr_warmup_steps
-    return int(warmup * total_steps) if isinstance(warmup, float) else warmup
+def _require_own_course(config: TrainConfig) -> None:
+    if config.lr_scheduler != "adafactor" or config.lr_scheduler_type is not None:
+        why = "Adafactor then chooses its own steps; set lr_scheduler = 'adafactor', or relative_step = false"
+        raise SettingsError("optimizer_args.relative_step", True, why)
 
 
 def _resolve(optimizer_type: str) -> tuple[type[Optimizer], str]:
@@ -115,12 +98,6 @@ def _resolve(optimizer_type: str) -> tuple[type[Optimizer], str]:
 
 
 def _arguments(config: TrainConfig, name: str) -> dict[str, Any]:
-    fixed = _FIXED.get(name, {})
-    for key, value in fixed.items():
-        if config.optimizer_args.get(key, value) != value:
-            raise SettingsError(
-                f"optimizer_args.{key}", config.optimizer_args[key], f"with {name} it is always {value}; take it out"
-            )
     # TOML has lists where torch wants tuples, such as betas.
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in config.optimizer_args.items()}
-    return {**given, **fixed}
+    return {**_DEFAULTS.get(name, {}), **given}

@@ -16,11 +16,11 @@ from optimizer_daemon.lora_training.learner import Learner
 from optimizer_daemon.lora_training.memory import Memory, memory_that_ran_out, out_of_memory
 from optimizer_daemon.lora_training.metadata import Facts, training_metadata
 from optimizer_daemon.lora_training.models import Hardware, choose_hardware
-from optimizer_daemon.lora_training.optimizers import warmup_steps
 from optimizer_daemon.lora_training.reporting import Reporter
 from optimizer_daemon.lora_training.saving import checkpoint_path, is_due, save_checkpoint
 from optimizer_daemon.lora_training.state import Position, Randomness, load_state, remove_state, save_state
 from optimizer_daemon.lora_training.stopping import StopWish
+from optimizer_daemon.lora_training.strict_settings import count_steps
 from optimizer_daemon.lora_training.toml_file import line_of_key
 from shared.errors import ResourceError, Stopped
 from shared.failpoints import reach
@@ -165,7 +165,7 @@ def _introduce(config: TrainConfig, data: TrainingData, learner: Learner, total_
         f"  device: {hardware.device}, mixed precision {hardware.precision}, {torch.get_num_threads()} CPU threads",
         flush=True,
     )
-    if (warmup := warmup_steps(config, total_steps)) >= total_steps:
+    if (warmup := count_steps(config.lr_warmup_steps, total_steps)) >= total_steps:
         print(f"  warning: the warm-up of {warmup} steps is never over; lower lr_warmup_steps", flush=True)
 
 

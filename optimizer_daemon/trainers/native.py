@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from optimizer_daemon.lora_training.base_model import inspect_base_model
-from optimizer_daemon.lora_training.config import TrainConfig, to_toml
+from optimizer_daemon.lora_training.config import ARGUMENT_TABLES, TrainConfig, to_toml
 from optimizer_daemon.lora_training.optimizer_names import require_optimizer
 from optimizer_daemon.lora_training.toml_file import closest
 from optimizer_daemon.trainers.base import LaunchPlan, ResumePoint, TrainerInput
@@ -22,7 +22,6 @@ from shared.layout import TrialLayout
 from shared.model_folders import require_base_model
 from shared.progress_bar import Progress, parse_bar, parse_preparation
 from shared.schemas import Run, TrainerExit, TrialParams
-from shared.schemas.base import Scalar
 from shared.strict_json import first_fault
 
 TRAIN_CONFIG = "train_config.toml"
@@ -44,7 +43,6 @@ _OWN = frozenset(
         "threads",
     }
 )
-_OPTIMIZER_ARGS = "optimizer_args."
 _SOURCE_ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -76,7 +74,8 @@ class NativeTrainer:
         gpu: str | None = None,
         resume: ResumePoint | None = None,
     ) -> LaunchPlan:
-        """Return the plan; a parameter may be any setting of train_config.toml, or `optimizer_args.<name>`.
+        """Return the plan; a parameter may be any setting of train_config.toml, or one in a table of it,
+        such as `optimizer_args.weight_decay`.
 
         The training itself looks for its state, so that the same command goes on from there.
 
@@ -85,7 +84,11 @@ class NativeTrainer:
         """
         folder = trial.folder.absolute()
         trial = TrialLayout(folder)
-        values = _of_study(run, trial) | _of_options(run) | _of_trial(params)
+        values = _of_study(run, trial) | _of_options(run)
+        for name, value in _of_trial(params).items():
+            # What a space draws is added to a table of the study's, setting by setting.
+            both = name in ARGUMENT_TABLES and isinstance(values.get(name), dict)
+            values[name] = {**values[name], **value} if both else value
         try:
             config = TrainConfig.model_validate(values)
             require_optimizer(config.optimizer_type)
@@ -158,10 +161,10 @@ def _of_options(run: Run) -> dict[str, Any]:
 
 def _of_trial(params: TrialParams) -> dict[str, Any]:
     values: dict[str, Any] = {"seed": params.training_seed}
-    optimizer_args: dict[str, Scalar] = {}
     for name, value in params.parameters.items():
-        if name.startswith(_OPTIMIZER_ARGS):
-            optimizer_args[name.removeprefix(_OPTIMIZER_ARGS)] = value
+        table, _, argument = name.partition(".")
+        if argument and table in ARGUMENT_TABLES:
+            values.setdefault(table, {})[argument] = value
         elif name in TrainConfig.model_fields:
             values[name] = value
         elif not _has_done_its_work(name, params):
@@ -169,7 +172,7 @@ def _of_trial(params: TrialParams) -> dict[str, Any]:
                 f"trial parameters: {name}: the native trainer has no such setting"
                 f"{closest(name, TrainConfig.model_fields)}; correct the search space"
             )
-    return values | ({"optimizer_args": optimizer_args} if optimizer_args else {})
+    return values
 
 
 def _has_done_its_work(name: str, params: TrialParams) -> bool:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimizer_daemon.lora_training.config import TrainConfig, load_config, to_toml
+from optimizer_daemon.lora_training.config import ARGUMENT_TABLES, TrainConfig, load_config, to_toml
 from shared.errors import UserError
 
 NEEDED = {
@@ -46,7 +46,8 @@ toml_values = st.recursive(
     arguments=st.dictionaries(st.text(), toml_values, max_size=3),
 )
 def test_any_config_is_read_as_it_was_written(tmp_path_factory: pytest.TempPathFactory, name, rate, arguments):
-    written = config(output_name=name, learning_rate=rate, optimizer_args=arguments, network_dropout=0.5)
+    tables = dict.fromkeys(ARGUMENT_TABLES, arguments)
+    written = config(output_name=name, learning_rate=rate, network_dropout=0.5, **tables)
     assert loaded(tmp_path_factory.mktemp("config"), to_toml(written)) == written
 
 
@@ -126,6 +127,13 @@ def test_a_broken_file_is_one_error_that_names_it(tmp_path: Path, text: str, mes
         ({"lr_warmup_steps": -1}, "lr_warmup_steps: -1 will not do"),
         ({"save_every_n_epochs": 0}, "save_every_n_epochs: 0 will not do"),
         ({"lr_warmup_steps": 3}, "lr_scheduler 'constant' has no warm-up but lr_warmup_steps is 3"),
+        (
+            {"lr_scheduler_type": "StepLR", "lr_warmup_steps": 3},
+            "lr_scheduler_type 'StepLR' has no warm-up but lr_warmup_steps is 3; use lr_warmup_steps = 0",
+        ),
+        ({"lr_scheduler": "piecewise_constant"}, "needs its rules; set lr_scheduler_args.step_rules, such as '1:100,"),
+        ({"lr_scheduler": "cosine_with_min_lr"}, "needs one lowest rate; set either lr_scheduler_min_lr_ratio or"),
+        ({"lr_decay_steps": 1.5}, "lr_decay_steps: 1.5 will not do"),
         ({"unet_lr": 0, "text_encoder_lr": 0}, "nothing would be trained"),
         ({"mixed_precision": "fp8"}, "mixed_precision: 'fp8' will not do"),
     ],
@@ -133,6 +141,6 @@ def test_a_broken_file_is_one_error_that_names_it(tmp_path: Path, text: str, mes
 def test_a_value_that_will_not_do_is_named_with_its_key(tmp_path: Path, changes, message: str):
     values = {**NEEDED, **changes}
     text = "\n".join(f"{key} = {json.dumps(value).replace('Infinity', 'inf')}" for key, value in values.items())
-    with pytest.raises(UserError, match=r"will not do|has no|nothing") as caught:
+    with pytest.raises(UserError, match=r"will not do|has no|nothing|needs") as caught:
         loaded(tmp_path, text)
     assert message in str(caught.value)

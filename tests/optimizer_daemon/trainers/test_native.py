@@ -216,3 +216,10 @@ def test_only_a_trainer_that_promises_it_counts_as_leaving_held_out_pictures_out
     assert not holds_out(SimpleNamespace())
     assert not holds_out(SimpleNamespace(holds_out=False))
     assert not holds_out(SimpleNamespace(holds_out="no"))
+
+
+def test_a_drawn_argument_joins_those_of_the_study_file(run: Run):
+    trainer = run.trainer.model_copy(update={"options": {"lr_scheduler_args": {"lr_end": 1e-6, "power": 3}}})
+    run = run.model_copy(update={"trainer": trainer})
+    plan = plan_of(run, params(parameters={"lr_scheduler": "polynomial", "lr_scheduler_args.power": 2}))
+    assert tomllib.loads(plan.files["train_config.toml"])["lr_scheduler_args"] == {"lr_end": 1e-6, "power": 2}

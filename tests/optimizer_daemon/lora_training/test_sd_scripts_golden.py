@@ -1,0 +1,63 @@
+"""Courses and objectives against what sd-scripts' own functions computed for the same settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from optimizer_daemon.lora_training.lora import LoraNetwork
+from optimizer_daemon.lora_training.optimizers import create_optimizer
+from optimizer_daemon.lora_training.schedulers import create_lr_scheduler
+from tests.optimizer_daemon.lora_training.test_optimizers import config, network
+
+FOLDER = Path(__file__).parents[2] / "data/sd_scripts"
+GOLDEN = json.loads((FOLDER / "training_golden.json").read_text(encoding="utf-8"))
+TOTAL_STEPS = 20
+
+
+def named(cases: list[dict]) -> list:
+    return [pytest.param(case, id=" ".join(f"{k}={v}" for k, v in case["settings"].items()) or "-") for case in cases]
+
+
+@pytest.mark.parametrize("case", named(GOLDEN["courses"]))
+def test_the_rates_are_those_of_sd_scripts(case):
+    rates = {"learning_rate": 1e-3, "text_encoder_lr": 5e-4, "unet_lr": 1e-3}
+    settings = config(**{**rates, "optimizer_type": "SGD", **case["settings"]})
+    lora: LoraNetwork = network()
+    optimizer = create_optimizer(settings, lora).optimizer
+    scheduler = create_lr_scheduler(settings, optimizer, TOTAL_STEPS)
+    found = []
+    for _ in range(TOTAL_STEPS):
+        found.append(list(map(float, scheduler.get_last_lr())))
+        for weight in lora.parameters():
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        scheduler.step()
+    found.append(list(map(float, scheduler.get_last_lr())))
+    assert found == [pytest.approx(rates, rel=1e-6, abs=1e-15) for rates in case["rates"]]
+
+
+@pytest.mark.skipif(
+    not {"SD_SCRIPTS_DIR", "SD_SCRIPTS_PYTHON"} <= os.environ.keys(),
+    reason="SD_SCRIPTS_DIR and SD_SCRIPTS_PYTHON name no sd-scripts",
+)
+def test_sd_scripts_still_computes_the_golden_values():
+    run = subprocess.run(
+        [os.environ["SD_SCRIPTS_PYTHON"], FOLDER / "make_training_golden.py"],
+        stdout=subprocess.PIPE,
+        check=True,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+    )
+    again = json.loads(run.stdout)
+    assert again.keys() == GOLDEN.keys()
+    for kind, cases in GOLDEN.items():
+        for case, remade in zip(cases, again[kind], strict=True):
+            assert remade["settings"] == case["settings"]
+            for name, value in case.items():
+                if name != "settings":
+                    torch.testing.assert_close(torch.tensor(remade[name]), torch.tensor(value), msg=f"{case}")
