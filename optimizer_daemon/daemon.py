@@ -11,7 +11,7 @@ from optimizer_daemon.commands import RequestDesk
 from optimizer_daemon.display import LiveLine
 from optimizer_daemon.enqueue import Queue, pinned_values, stage_of
 from optimizer_daemon.lifecycle import Action, next_action
-from optimizer_daemon.optuna_adapter.sampler import SAMPLERS
+from optimizer_daemon.optuna_adapter.models import SAMPLERS
 from optimizer_daemon.optuna_adapter.study import TuningStudy
 from optimizer_daemon.recovery import (
     KILL_TIMEOUT_S,

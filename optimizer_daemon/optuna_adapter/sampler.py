@@ -3,88 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from random import Random
-from typing import Any, Protocol
+from typing import Any
 
 from optuna import Study
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.samplers import BaseSampler, TPESampler
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
+from optimizer_daemon.optuna_adapter.feasible import FeasibleSpace
+from optimizer_daemon.optuna_adapter.history import History, is_infeasible, with_values
+from optimizer_daemon.optuna_adapter.models import Model
+from optimizer_daemon.search.curves import Curve, imputed
 from optimizer_daemon.search.expressions import Value
-from optimizer_daemon.search.parameters import CategoricalParameter, FloatParameter, Parameter
 from optimizer_daemon.search.space import SearchSpace
-from shared.registry import Registry
 
 DRAW = "draw"
 """User attribute of a trial: {"stage": ..., "values": the whole draw}, stored before anything is suggested; with
 "request" and "training_seed" where somebody asked for it."""
 
-START_UP_TRIALS = 10
-MODEL_TRIES = 50
-
-
-class MakeModel(Protocol):
-    """How a search learns from the trials before: seed -> a sampler of joint draws; None where it does not learn."""
-
-    def __call__(self, seed: int) -> BaseSampler | None: ...
-
-
-SAMPLERS: Registry[MakeModel] = Registry(
-    "sampler", MakeModel, {name: f"{__name__}:{name}" for name in ("tpe", "random")}
-)
-"""Every sampler by the name that --sampler takes."""
-
-
-def tpe(seed: int) -> BaseSampler:
-    """Tree-structured Parzen estimator over the joint space."""
-    return TPESampler(n_startup_trials=0, constant_liar=False, seed=seed)
-
-
-def random(seed: int) -> None:
-    """Every draw as the start-up trials are drawn."""
-    del seed  # the draws have a generator of their own
+EPOCHS = "max_train_epochs"
 
 
 class FeasibleSampler(BaseSampler):
-    """Draws from the space's own start-up plan first, then by a model; what breaks a rule is drawn again.
+    """Draws from the space's own start-up plan first, then by a model.
 
-    Each draw depends on (seed, trial number) and the finished trials alone, so a restarted daemon neither repeats the
+    Each draw depends on (seed, trial number) and the trials before alone, so a restarted daemon neither repeats the
     draws of an earlier one nor changes one it is asked to make again.
 
     Args:
         space: the search space.
         seed: the study's seed.
         pinned: parameters that have this value and are unknown to Optuna.
-        make_model: what draws once there are enough finished trials.
+        model: what draws once there are enough finished trials.
     """
 
-    def __init__(self, space: SearchSpace, seed: int, pinned: Mapping[str, Value], make_model: MakeModel = tpe) -> None:
-        self._space = _with_pinned(space, pinned)
+    def __init__(self, space: SearchSpace, seed: int, pinned: Mapping[str, Value], model: Model) -> None:
+        self._space = FeasibleSpace.of(space, pinned)
         self._seed = seed
-        self._make_model = make_model
-        self.distributions: dict[str, BaseDistribution] = {
-            name: distribution_of(parameter) for name, parameter in space.parameters.items() if name not in pinned
-        }
+        self._model = model
+        self.distributions: dict[str, BaseDistribution] = self._space.distributions
 
     def draw(self, study: Study, trial: FrozenTrial) -> dict[str, Value]:
         """Return a feasible value for each declared parameter, the pinned ones too."""
         rng = Random(f"{self._seed}/{trial.number}")
-        finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-        model = self._make_model(rng.getrandbits(32)) if len(finished) >= START_UP_TRIALS else None
-        if model is not None:
-            for _ in range(MODEL_TRIES):
-                # A parameter of one value is none of TPE's business; its joint model takes all the others.
-                wide = {name: known for name, known in self.distributions.items() if not known.single()}
-                modelled = model.sample_relative(study, trial, wide)
-                values = {
-                    name: parameter.snap(modelled[name]) if name in modelled else parameter.draw(rng)
-                    for name, parameter in self._space.parameters.items()
-                }
-                if self._space.is_feasible(values):
-                    return values
-        return self._space.draw(rng)
+        trials = [known for known in study.get_trials(deepcopy=False) if known.number != trial.number]
+        finished = sum(known.state in (TrialState.COMPLETE, TrialState.PRUNED) for known in trials)
+        start_up = self._model.start_up_trials
+        if start_up is None or finished < start_up or not self._space.wide:
+            return self._space.draw(rng)
+        history = History(study.directions, _learnable(trials))
+        return self._model.propose(history, self._space, rng.getrandbits(32))
 
     # What Optuna asks for when it suggests: always the stored draw, whole.
 
@@ -104,17 +73,28 @@ class FeasibleSampler(BaseSampler):
         raise AssertionError(f"{param_name} of trial {trial.number} does not fit {param_distribution}")
 
 
-def distribution_of(parameter: Parameter) -> BaseDistribution:
-    """Return Optuna's form of a declared parameter."""
-    if isinstance(parameter, CategoricalParameter):
-        return CategoricalDistribution(parameter.choices)
-    if isinstance(parameter, FloatParameter):
-        return FloatDistribution(parameter.low, parameter.high, log=parameter.log, step=parameter.step)
-    return IntDistribution(parameter.low, parameter.high, step=parameter.step)
+def curve_of(trial: FrozenTrial) -> Curve | None:
+    """Return a trial's scores by epoch; None where its draw does not say how long it trains."""
+    horizon = trial.user_attrs.get(DRAW, {}).get("values", {}).get(EPOCHS)
+    if not isinstance(horizon, int):
+        return None
+    final = trial.values[0] if trial.state is TrialState.COMPLETE else None
+    return Curve.of(horizon, trial.intermediate_values, final)
 
 
-def _with_pinned(space: SearchSpace, pinned: Mapping[str, Value]) -> SearchSpace:
-    choices: dict[str, Parameter] = {
-        name: CategoricalParameter(type="categorical", choices=(value,)) for name, value in pinned.items()
-    }
-    return replace(space, parameters={**space.parameters, **choices})
+def _learnable(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """Return the trials a model can learn from: measured ones, stopped ones by their imputed ends, running ones."""
+    peers = [
+        curve
+        for trial in trials
+        if trial.state is TrialState.COMPLETE and not is_infeasible(trial) and (curve := curve_of(trial)) is not None
+    ]
+    learnable = []
+    for trial in trials:
+        if trial.state in (TrialState.COMPLETE, TrialState.RUNNING):
+            learnable.append(trial)
+        elif trial.state is TrialState.PRUNED and (curve := curve_of(trial)) is not None:
+            value = imputed(curve, peers)
+            if value is not None:
+                learnable.append(with_values(trial, [value]))
+    return learnable

@@ -19,7 +19,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from optimizer_daemon.optuna_adapter.sampler import DRAW, SAMPLERS, FeasibleSampler
+from optimizer_daemon.optuna_adapter.models import SAMPLERS
+from optimizer_daemon.optuna_adapter.sampler import DRAW, FeasibleSampler
 from optimizer_daemon.search.expressions import Value
 from optimizer_daemon.search.space import SearchSpace
 from shared.errors import LabError, ResourceError, SettingsError, StudyMismatchError

@@ -9,7 +9,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from optimizer_daemon.optuna_adapter import sampler
+from optimizer_daemon.optuna_adapter.models import SAMPLERS
 from optimizer_daemon.optuna_adapter.study import TuningStudy
 from optimizer_daemon.search.load import load_space
 from optimizer_daemon.search.space import SearchSpace, parse_space
@@ -65,7 +65,7 @@ def stored(url: str) -> list[optuna.trial.FrozenTrial]:
 
 
 def test_every_draw_is_feasible_by_start_up_and_by_the_model_and_optuna_holds_the_same_values(url, space, monkeypatch):
-    monkeypatch.setattr(sampler, "START_UP_TRIALS", 3)
+    monkeypatch.setattr(SAMPLERS.load("tpe"), "start_up_trials", 3)
     study = opened(url, space)
     for _ in range(6):
         draw = study.ask()

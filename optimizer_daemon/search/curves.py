@@ -1,0 +1,98 @@
+"""A trial's scores by epoch, and what a training that was stopped would probably have reached. Pure.
+
+Trials of different lengths are compared at equal fractions of their own epochs: the twelfth epoch of twelve is the end
+of a schedule, the twelfth of twenty its middle. Lower scores are better.
+"""
+
+from __future__ import annotations
+
+import statistics
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+SMOOTHED_OVER = 2  # checkpoints; one alone is noisier than the difference between two trials
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The scores of one trial.
+
+    Args:
+        horizon: the epochs it is to train.
+        points: (epoch, score) of each measured checkpoint, by epoch.
+        final: the score that decides it; None as long as there is none, and for a stopped trial.
+    """
+
+    horizon: int
+    points: tuple[tuple[int, float], ...]
+    final: float | None = None
+
+    @classmethod
+    def of(cls, horizon: int, points: Mapping[int, float], final: float | None = None) -> Curve:
+        """Return the curve of scores by epoch."""
+        return cls(horizon, tuple(sorted(points.items())), final)
+
+    @property
+    def epoch(self) -> int:
+        """The last measured epoch; 0 before the first."""
+        return self.points[-1][0] if self.points else 0
+
+    @property
+    def fraction(self) -> float:
+        """How much of its own epochs is measured, 0 to 1."""
+        return min(1.0, self.epoch / self.horizon)
+
+    @cached_property
+    def smoothed(self) -> tuple[tuple[float, float], ...]:
+        """(fraction, mean of the last checkpoints) of each measured checkpoint."""
+        return tuple(
+            (
+                min(1.0, epoch / self.horizon),
+                statistics.fmean(value for _, value in self.points[max(0, place + 1 - SMOOTHED_OVER) : place + 1]),
+            )
+            for place, (epoch, _) in enumerate(self.points)
+        )
+
+    def at(self, fraction: float) -> float | None:
+        """Return the smoothed score at a fraction, interpolated linearly; None where it was not measured."""
+        known = self.smoothed
+        place = bisect_left(known, fraction, key=lambda point: point[0])
+        if place == len(known):
+            return None
+        after, value = known[place]
+        if after == fraction:
+            return value
+        if place == 0:
+            return None
+        before, last = known[place - 1]
+        return last + (value - last) * (fraction - before) / (after - before)
+
+
+def imputed(curve: Curve, peers: Iterable[Curve]) -> float | None:
+    """Return what a stopped training would probably have reached: its last score and its peers' median change since.
+
+    Args:
+        curve: of the stopped trial.
+        peers: finished trials that passed their gate.
+
+    Returns:
+        The value; None for a trial without any score.
+    """
+    if not curve.points:
+        return None
+    fraction, last = curve.smoothed[-1]
+    changes = [
+        peer.final - then for peer in peers if peer.final is not None and (then := peer.at(fraction)) is not None
+    ]
+    return last + (statistics.median(changes) if changes else 0.0)
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Return the value below which a share of `values` lies, interpolated linearly; share 0.5 is the median."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
