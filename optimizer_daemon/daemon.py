@@ -114,6 +114,8 @@ class OptimizerDaemon:
                 # A second Ctrl-C reaches us in the middle of a tick: nothing is waited for then.
                 self._stop_trials(str(error), at_once=self._ticking and isinstance(error, Stopped))
                 raise
+            finally:
+                self._runner.close()
             if self._desk.stop_asked is not None:
                 self._stop_trials("stopped by request", at_once=False)
                 self._desk.answer_stop(f"stopped: {self._finished} of {self._target} trials are finished")

@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 from optimizer_daemon.lifecycle import Action, Ending, TrialView, ending_of, signal_of
 from optimizer_daemon.lora_training.memory import Memory, memory_that_ran_out
 from optimizer_daemon.scores import TrialScores
-from optimizer_daemon.trainers.base import TrainerPlugin
+from optimizer_daemon.trainers.base import Preloads, TrainerPlugin
 from optimizer_daemon.training_log import TrainingLog
 from shared.errors import (
     DeviceBusyError,
@@ -30,6 +30,7 @@ from shared.files import sweep_temp_files, write_bytes, write_model
 from shared.gpu_lease import GpuLease, GpuPolicy, GpuUse
 from shared.layout import TrialLayout, writer_of
 from shared.logs import log_change
+from shared.preloaded import Preloaded
 from shared.process import StopReport, child_environment
 from shared.progress_bar import Progress
 from shared.safetensors_file import read_header
@@ -104,9 +105,19 @@ class Runner:
         self._run = run
         self._gpu = gpu
         self._policy = policy
+        preload = trainer.preload(run) if isinstance(trainer, Preloads) else None
+        self._preloaded = None if preload is None else Preloaded(preload)
+
+    def close(self) -> None:
+        """End what was started for trainings to come."""
+        if self._preloaded is not None:
+            self._preloaded.close()
 
     def may_start(self, live: LiveTrial) -> bool:
-        """Take the leases a trial trains under; False as long as others use a GPU it is to have alone."""
+        """Take the leases a trial trains under; False as long as others use a GPU it is to have alone.
+
+        And False while what all trainings import is imported for the first time.
+        """
         held = {lease.gpu_uuid for lease in live.leases}
         try:
             for gpu, use in uses_of(self._gpu, self._policy, live.state.ran_short_of).items():
@@ -114,7 +125,7 @@ class Runner:
                     live.leases.append(GpuLease(gpu, use, inheritable=True).acquire())
         except DeviceBusyError:
             return False
-        return True
+        return self._preloaded is None or self._preloaded.settled()
 
     def start(self, live: LiveTrial, now: float) -> None:
         """Start the training; from its saved state where there is one."""
@@ -135,6 +146,7 @@ class Runner:
             cwd=plan.cwd,
             env={**child_environment(), **plan.env},
             pass_fds=[descriptor for lease in live.leases for descriptor in lease.filenos()],
+            preloaded=self._preloaded,
         )
         for lease in live.leases:
             lease.release()  # our copies only: the trainer's tree holds its own

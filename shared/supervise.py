@@ -58,6 +58,10 @@ _LAST_SECONDS = 10.0  # a training that ran out of memory may take that long to 
 _RESTORED = (signal.SIGTERM, signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ)
 
 
+Spawn = Callable[[Sequence[str], Mapping[str, str], int, int], int]
+"""(argv, environment, descriptor of the lock, of the log) -> pid of the command, which leads a group of its own."""
+
+
 class _CommandNotFoundError(FileNotFoundError):
     pass
 
@@ -68,10 +72,12 @@ class _Command:
     Args:
         stop_timeout_s: how long the tree may take to end after a signal to stop.
         leftover_timeout_s: how long processes may outlive the command before they are told to end.
+        spawn: how it is started.
     """
 
-    def __init__(self, argv: Sequence[str], stop_timeout_s: float, leftover_timeout_s: float) -> None:
+    def __init__(self, argv: Sequence[str], stop_timeout_s: float, leftover_timeout_s: float, spawn: Spawn) -> None:
         self.argv = argv
+        self._spawn = spawn
         self.pid = os.getpid()  # until the command has its own
         self.identity: ProcessIdentity | None = None
         self.wait_status: int | None = None  # as waitpid(2) gives it
@@ -89,7 +95,7 @@ class _Command:
         try:
             os.chdir(cwd)
             with log.open("ab") as output:
-                self.pid = _spawn(self.argv, env, lock_fd, output.fileno())
+                self.pid = self._spawn(self.argv, env, lock_fd, output.fileno())
             self.identity = ProcessIdentity.of(self.pid)
         except OSError as error:
             self._note_end((_NOT_FOUND if isinstance(error, _CommandNotFoundError) else _CANNOT_START) << 8)
@@ -168,11 +174,35 @@ class _Command:
         self.seconds = time.monotonic() - self._begin
 
 
-def main(arguments: Sequence[str]) -> int:
+def spawn_program(argv: Sequence[str], env: Mapping[str, str], lock_fd: int, log_fd: int) -> int:
+    """Start the command in a process group of its own: what it sends to its group does not reach us.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    program = argv[0] if os.sep in argv[0] else shutil.which(argv[0], path=env.get("PATH"))
+    if program is None or not Path(program).exists():
+        raise _CommandNotFoundError(errno.ENOENT, "command not found")
+    redirections = [(lock_fd, 0), (log_fd, 1), (log_fd, 2)]
+    try:
+        return os.posix_spawn(
+            program,
+            list(argv),
+            env,
+            file_actions=[(os.POSIX_SPAWN_DUP2, source, target) for source, target in redirections],
+            setpgroup=0,
+            setsigmask=(),
+            setsigdef=_RESTORED,
+        )
+    except ValueError as error:  # a variable's name with "=", or a zero byte
+        raise OSError(errno.EINVAL, str(error)) from error
+
+
+def main(arguments: Sequence[str], spawn: Spawn = spawn_program) -> int:
     """Supervise one command; return the exit status of this process."""
     options = _parse(arguments)
     try:
-        return _supervise(options)
+        return _supervise(options, spawn)
     except LabError as error:
         print(f"supervise: {error}", file=sys.stderr)
         return error.exit_code
@@ -196,7 +226,7 @@ def forget(exit_file: Path) -> None:
         os.close(folder)
 
 
-def _supervise(options: argparse.Namespace) -> int:
+def _supervise(options: argparse.Namespace, spawn: Spawn) -> int:
     _lead_a_session()
     adopt_orphans()
     signals = _block_signals()
@@ -207,7 +237,7 @@ def _supervise(options: argparse.Namespace) -> int:
     else:
         lock = FileLock.from_fd(options.lock, options.lock_fd)
     forget(options.exit_file)
-    command = _Command(options.command, options.stop_timeout, options.leftover_timeout)
+    command = _Command(options.command, options.stop_timeout, options.leftover_timeout, spawn)
     command.start(cwd=options.cwd, log=options.log, env=_environment(options.env_fd), lock_fd=lock.fileno())
     # Heavy, so it comes now: the command does not wait for it, and no upgrade during the training can mix versions.
     from shared.files import write_model
@@ -229,26 +259,6 @@ def _persist(write: Callable[[], None]) -> None:
             if time.monotonic() >= deadline:
                 raise
             time.sleep(1.0)
-
-
-def _spawn(argv: Sequence[str], env: Mapping[str, str], lock_fd: int, log_fd: int) -> int:
-    """Start the command in a process group of its own: what it sends to its group does not reach us."""
-    program = argv[0] if os.sep in argv[0] else shutil.which(argv[0], path=env.get("PATH"))
-    if program is None or not Path(program).exists():
-        raise _CommandNotFoundError(errno.ENOENT, "command not found")
-    redirections = [(lock_fd, 0), (log_fd, 1), (log_fd, 2)]
-    try:
-        return os.posix_spawn(
-            program,
-            list(argv),
-            env,
-            file_actions=[(os.POSIX_SPAWN_DUP2, source, target) for source, target in redirections],
-            setpgroup=0,
-            setsigmask=(),
-            setsigdef=_RESTORED,
-        )
-    except ValueError as error:  # a variable's name with "=", or a zero byte
-        raise OSError(errno.EINVAL, str(error)) from error
 
 
 def _oom_kills() -> int | None:

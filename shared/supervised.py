@@ -20,6 +20,7 @@ from shared.errors import ResourceError
 from shared.files import read_model
 from shared.layout import TrialLayout
 from shared.locks import FileLock
+from shared.preloaded import Preloaded
 from shared.process import ProcessIdentity, StopReport, child_environment, lock_holders, spawn, stop
 from shared.schemas import TrainerExit
 from shared.supervise import LEFTOVER_TIMEOUT_S, STOP_TIMEOUT_S, forget
@@ -95,10 +96,12 @@ def start_supervised(
     stop_timeout_s: float = STOP_TIMEOUT_S,
     leftover_timeout_s: float = LEFTOVER_TIMEOUT_S,
     pass_fds: Collection[int] = (),
+    preloaded: Preloaded | None = None,
 ) -> SupervisedProcess:
     """Start a command under a supervisor. The trainer's lock is held when this returns, and never by two.
 
     A command that cannot be started is no error here: like any end it is found in the exit record. Main thread only.
+    A supervisor that `preloaded` forks is no child of ours, just as an adopted one.
 
     Args:
         directory: the trial's folder, for the lock, the exit record and the log.
@@ -108,6 +111,7 @@ def start_supervised(
         stop_timeout_s: when told to stop, the supervisor kills what is left after this many seconds, by itself.
         leftover_timeout_s: how long processes may outlive the command before they are told to end.
         pass_fds: descriptors for the whole tree, such as those of a GPU lease.
+        preloaded: forks the supervisor and the command, where it can; the command is `python -m MODULE ...`.
 
     Raises:
         AlreadyRunningError: a trainer of this folder lives.
@@ -121,15 +125,20 @@ def start_supervised(
             options = {
                 "--directory": trial.folder,
                 "--lock": trial.trainer_lock,
-                "--lock-fd": lock.fileno(),
                 "--exit-file": trial.trainer_exit,
                 "--log": trial.training_log,
                 "--cwd": trial.folder if cwd is None else cwd.absolute(),
-                "--env-fd": variables.fileno(),
                 "--stop-timeout": stop_timeout_s,
                 "--leftover-timeout": leftover_timeout_s,
             } | ({"--die-with-parent": os.getpid()} if parent_bound else {})
             words = [str(word) for option in options.items() for word in option]
+            if preloaded is not None and not parent_bound:  # its parent would be the server
+                pid = preloaded.fork(words, argv, (log.fileno(), lock.fileno(), variables.fileno(), *pass_fds))
+                if pid is not None:
+                    return SupervisedProcess(trial.folder, ProcessIdentity.of(pid))
+                if lock_holders(trial.trainer_lock) - {os.getpid()}:  # it was forked although nobody said so
+                    return SupervisedProcess(trial.folder, None)
+            words += ["--lock-fd", str(lock.fileno()), "--env-fd", str(variables.fileno())]
             child = spawn(
                 [sys.executable, "-P", "-m", "shared.supervise", *words, "--", *argv],
                 env=_supervisor_environment(),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from shared.layout import StudyLayout, TrialLayout
+from shared.preloaded import Preload
 from shared.progress_bar import Progress
 from shared.schemas import Run, Trainer, TrainerExit, TrialParams
 
@@ -125,6 +126,15 @@ class Prepares(Protocol):
         Raises:
             LabError: it could not be made.
         """
+        ...
+
+
+@runtime_checkable
+class Preloads(Protocol):
+    """What a trainer may offer besides: its command is `python -m MODULE ...` in our own Python, quick to fork."""
+
+    def preload(self, run: Run) -> Preload | None:
+        """Return what the trainings of all trials import; None when they run in another Python."""
         ...
 
 

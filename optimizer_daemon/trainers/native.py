@@ -20,6 +20,7 @@ from optimizer_daemon.trainers.diagnosis import explain
 from shared.errors import SettingsError, UserError
 from shared.layout import TrialLayout
 from shared.model_folders import require_base_model
+from shared.preloaded import Preload
 from shared.progress_bar import Progress, parse_bar, parse_preparation
 from shared.schemas import Run, TrainerExit, TrialParams
 from shared.strict_json import first_fault
@@ -94,14 +95,7 @@ class NativeTrainer:
             require_optimizer(config.optimizer_type)
         except ValidationError as error:
             raise UserError(f"trial parameters: {first_fault(error, values)}; correct the search space") from error
-        threads = str(run.threads_per_process)
-        env = {
-            "PYTHONUNBUFFERED": "1",
-            "COLUMNS": "240",
-            "OMP_NUM_THREADS": threads,
-            "MKL_NUM_THREADS": threads,
-            "HF_HUB_OFFLINE": "1",
-        }
+        env = _environment(run)
         if gpu is not None:
             env["CUDA_VISIBLE_DEVICES"] = gpu
         python = run.trainer.python or sys.executable
@@ -111,6 +105,14 @@ class NativeTrainer:
             files={TRAIN_CONFIG: to_toml(config)},
             cwd=_SOURCE_ROOT,  # python -m finds the package there, installed or not; all paths are absolute
         )
+
+    def preload(self, run: Run) -> Preload | None:
+        """Return the training's imports, which take longer than all else before its first step."""
+        if run.trainer.python is not None:
+            return None
+        # The driver must not be touched before the fork, not even to count GPUs.
+        env = {**_environment(run), "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+        return Preload(("optimizer_daemon.lora_training.train",), env, _SOURCE_ROOT)
 
     def resume_point(self, trial: TrialLayout) -> ResumePoint | None:
         """Return the state, which is one file and whole or absent."""
@@ -126,6 +128,17 @@ class NativeTrainer:
 
 
 TRAINER = NativeTrainer()
+
+
+def _environment(run: Run) -> dict[str, str]:
+    threads = str(run.threads_per_process)
+    return {
+        "PYTHONUNBUFFERED": "1",
+        "COLUMNS": "240",
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 def _of_study(run: Run, trial: TrialLayout) -> dict[str, Any]:

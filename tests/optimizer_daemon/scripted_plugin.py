@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -10,6 +12,7 @@ from pathlib import Path
 
 from optimizer_daemon.trainers.base import LaunchPlan, ResumePoint
 from shared.layout import TrialLayout
+from shared.preloaded import Preload
 from shared.progress_bar import Progress
 from shared.schemas import Run, TrainerExit, TrialParams
 
@@ -29,8 +32,12 @@ class ScriptedTrainer:
     ) -> LaunchPlan:
         score = abs(math.log10(float(params.parameters["learning_rate"])) + 4)
         numbers = (params.max_train_epochs, run.settings["save-every-n-epochs"], score)
-        argv = (sys.executable, "-S", str(SCRIPT), str(trial.folder), trial.output_name, *map(str, numbers))
+        program = ("-m", SCRIPT.stem) if _is_preloaded() else ("-S", str(SCRIPT))
+        argv = (sys.executable, *program, str(trial.folder), trial.output_name, *map(str, numbers))
         return LaunchPlan(argv, env={}, files={"train_config.toml": f"epochs = {params.max_train_epochs}\n"})
+
+    def preload(self, run: Run) -> Preload | None:
+        return Preload(("struct",), {}, SCRIPT.parent) if _is_preloaded() else None
 
     def resume_point(self, trial: TrialLayout) -> ResumePoint | None:
         return ResumePoint(trial.training_state) if trial.training_state.exists() else None
@@ -44,3 +51,8 @@ class ScriptedTrainer:
 
     def diagnose(self, record: TrainerExit | None, last_lines: Sequence[str]) -> str:
         return f"out of memory: {last_lines[-1]}"
+
+
+def _is_preloaded() -> bool:
+    behaviour: dict[str, object] = json.loads(os.environ.get("SCRIPTED_TRAINER", "{}"))
+    return bool(behaviour.get("preloaded"))

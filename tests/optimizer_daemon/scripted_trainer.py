@@ -2,7 +2,7 @@
 
 As a module it is the trainer plugin `scripted_trainer:TRAINER`; as a script it is the command that plugin plans.
 SCRIPTED_TRAINER in the environment holds its behaviour as JSON; `hold` names a file without which
-it does not get beyond epoch 1.
+it does not get beyond epoch 1; `preloaded` has it forked from a server.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-BEHAVIOUR = {"epoch_s": 0.05, "exit_at_epoch": 0, "exit_status": 1, "deaf": False, "hold": ""}
+BEHAVIOUR = {"epoch_s": 0.05, "exit_at_epoch": 0, "exit_status": 1, "deaf": False, "hold": "", "preloaded": False}
 
 
 def lora(epoch: int, score: float) -> bytes:

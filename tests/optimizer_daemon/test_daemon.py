@@ -19,6 +19,7 @@ from shared.files import read_model, write_model
 from shared.layout import StudyLayout
 from shared.locks import FileLock
 from shared.schemas import AllTrials, BestParameters, Metrics, Run, TrialState
+from tests.shared.process_trees import is_running, wait_until
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -120,6 +121,12 @@ def trains(lab: Lab, number: int) -> Callable[[], bool]:
     return lambda: log.exists() and "scripted: 1" in log.read_text()
 
 
+def servers_of(daemon: subprocess.Popen[str]) -> list[int]:
+    """The preloaded trainer processes of a daemon."""
+    children = Path(f"/proc/{daemon.pid}/task/{daemon.pid}/children").read_text().split()
+    return [int(pid) for pid in children if "shared.preload" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
 def test_a_study_from_the_first_start_to_the_winner(lab):
     code, out, err = lab.run("--n-trials", "3", gate="2")
     assert code == 0, err
@@ -179,14 +186,18 @@ def test_a_study_from_the_first_start_to_the_winner(lab):
     assert status["top"][0]["checkpoints_seen"] == status["top"][0]["checkpoints_expected"] == 2
 
 
-def test_kill_9_leaves_the_training_alive_and_the_next_start_adopts_it(lab):
+@pytest.mark.parametrize("preloaded", [False, True], ids=["a program of its own", "forked from the preloaded server"])
+def test_kill_9_leaves_the_training_alive_and_the_next_start_adopts_it(lab, preloaded):
     hold = lab.study.root.parent / "go on"
-    first = lab.start("--n-trials", "2", hold=str(hold))
+    first = lab.start("--n-trials", "2", hold=str(hold), preloaded=preloaded)
     wait_for(trains(lab, 1), first)
+    servers = servers_of(first)
+    assert len(servers) == preloaded
     first.kill()
     first.communicate()
+    wait_until(lambda: not any(map(is_running, servers)), "the server's end")
     assert FileLock.is_held(lab.study.trial(1).trainer_lock)
-    second = lab.start("--n-trials", "2")
+    second = lab.start("--n-trials", "2", preloaded=preloaded)
     wait_for(lambda: "trial found" in lab.log(), second)
     hold.touch()
     _, err = second.communicate()
@@ -200,11 +211,32 @@ def test_kill_9_leaves_the_training_alive_and_the_next_start_adopts_it(lab):
         assert len(set(lab.evaluated(number))) == len(lab.evaluated(number)) == 2
 
 
-def test_ctrl_c_saves_the_training_and_the_same_command_goes_on_with_it(lab):
-    first = lab.start("--n-trials", "1", hold="never")
+def test_a_killed_server_costs_its_training_nothing_and_the_next_one_has_another(lab):
+    hold = lab.study.root.parent / "go on"
+    daemon = lab.start("--n-trials", "2", hold=str(hold), preloaded=True)
+    wait_for(trains(lab, 1), daemon)
+    (server,) = servers_of(daemon)
+    os.kill(server, signal.SIGKILL)
+    wait_for(lambda: not is_running(server), daemon)
+    hold.touch()
+    _, err = daemon.communicate()
+    assert daemon.returncode == 0, err
+    assert [lab.state(number).attempt for number in (1, 2)] == [1, 1]
+    assert [line.partition("took=")[0].split(" ", 1)[1] for line in lab.log().splitlines() if "preloaded" in line] == [
+        "INFO trainer preloaded ",
+        "WARNING the preloaded trainer process has ended; another is started",
+        "INFO trainer preloaded ",
+    ]
+
+
+@pytest.mark.parametrize("preloaded", [False, True], ids=["a program of its own", "forked from the preloaded server"])
+def test_ctrl_c_saves_the_training_and_the_same_command_goes_on_with_it(lab, preloaded):
+    first = lab.start("--n-trials", "1", hold="never", preloaded=preloaded)
     wait_for(trains(lab, 1), first)
+    servers = servers_of(first)
     first.send_signal(signal.SIGINT)
     out, err = first.communicate()
+    assert not any(map(is_running, servers))
     assert first.returncode == 130, err
     assert "Trial 1 goes on from its training state in" in out
     assert lab.state(1).state == "interrupted"
