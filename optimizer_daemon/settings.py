@@ -62,7 +62,11 @@ class OptimizerSettings(DaemonSettings):
     model_family: ModelFamily | None = Field(
         None, description="family of the base model, sd15 or sdxl (default: as the model itself says)"
     )
-    sampler: str = Field("tpe", min_length=1, description="how parameters are drawn: tpe, gp, auto (gp and tpe in turns), cmaes, nsga2, random")
+    sampler: str = Field(
+        "tpe",
+        min_length=1,
+        description="how parameters are drawn: tpe, gp, auto (gp and tpe in turns), cmaes, nsga2, random",
+    )
     metrics: str | None = Field(
         None,
         description="what is measured, names with commas between, see evaluator-daemon metrics (default: pixels, "

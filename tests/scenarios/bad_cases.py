@@ -304,7 +304,11 @@ SETTINGS = [
 ]
 
 PLUGINS = [
-    Case("sampler: unknown", ("no sampler named 'tpee'; choose one of random, tpe",), flags("--sampler", "tpee")),
+    Case(
+        "sampler: unknown",
+        ("no sampler named 'tpee'; choose one of auto, cmaes, gp, nsga2",),
+        flags("--sampler", "tpee"),
+    ),
     Case(
         "metric: unknown",
         ("no metric named 'fid'; choose one of clip_consistency, clip_image, dino_likeness",),
