@@ -121,7 +121,7 @@ def training_metadata(config: TrainConfig, data: TrainingData, base: BaseModel, 
         "ss_base_model_version": version,
         "ss_v2": base.version == "sd_v2",
         "ss_sd_model_name": base.folder.name,
-        **_model_hashes(base.folder),
+        **model_hashes(base.folder),
     }
     images = {
         "ss_num_train_images": data.num_train_images,
@@ -158,7 +158,7 @@ def _program() -> str:
         return "lora-tuner/unknown"
 
 
-def _model_hashes(base: Path) -> dict[str, str]:
+def model_hashes(base: Path) -> dict[str, str]:
     """Return the hashes by which web UIs know the base model: of 64 KiB at 1 MiB, and of the whole file."""
     if base.is_dir():
         return {"ss_sd_model_hash": _FOLDER, "ss_new_sd_model_hash": _FOLDER}
