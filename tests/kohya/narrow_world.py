@@ -86,14 +86,9 @@ class NarrowWorld:
     def _run(self, arguments: list[str]) -> subprocess.CompletedProcess[str]:
         env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # ours would hide its pins
         env |= _QUIET | {"PYTHONPATH": str(self.checkout)}
+        command = [self.python, *arguments]
         return subprocess.run(
-            [self.python, *arguments],
-            cwd=self.checkout,
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
+            command, cwd=self.checkout, env=env, capture_output=True, text=True, timeout=240, check=False
         )
 
 
