@@ -28,6 +28,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.resume:
         config = config.model_copy(update={"resume": True})
     base = inspect_base_model(config.pretrained_model_name_or_path)
+    config.predicts_velocity(base.predicts_velocity)  # refuses settings of the other kind
     data = load_data(
         config.dataset_config,
         batch_size=config.train_batch_size,

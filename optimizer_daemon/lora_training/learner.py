@@ -13,7 +13,6 @@ from optimizer_daemon.lora_training.config import TrainConfig
 from optimizer_daemon.lora_training.dataset import Batch
 from optimizer_daemon.lora_training.latents import Latents
 from optimizer_daemon.lora_training.lora import LoraNetwork
-from optimizer_daemon.lora_training.losses import NoiseSchedule, denoising_loss, draw_noise, min_snr_weight
 from optimizer_daemon.lora_training.models import (
     Hardware,
     load_noise_scheduler,
@@ -21,6 +20,7 @@ from optimizer_daemon.lora_training.models import (
     load_tokenizer,
     load_unet,
 )
+from optimizer_daemon.lora_training.objective import Objective
 from optimizer_daemon.lora_training.optimizers import create_optimizer
 from optimizer_daemon.lora_training.schedulers import create_lr_scheduler
 from optimizer_daemon.lora_training.state import Position, Randomness, TrainingState
@@ -42,9 +42,7 @@ class Learner:
         self, config: TrainConfig, base: BaseModel, hardware: Hardware, latents: Latents, total_steps: int
     ) -> None:
         self.hardware = hardware
-        self.predicts_velocity = (
-            base.predicts_velocity if config.v_parameterization is None else config.v_parameterization
-        )
+        self.predicts_velocity = config.predicts_velocity(base.predicts_velocity)
         self._config = config
         self._latents = latents
         self._unet = load_unet(base, hardware)
@@ -52,7 +50,12 @@ class Learner:
         self._text = TextConditioning(
             load_tokenizer(base), encoder, config.clip_skip, trained=config.trains_text_encoder
         )
-        self._schedule = NoiseSchedule.of(load_noise_scheduler(base).alphas_cumprod, hardware.device)
+        self._objective = Objective(
+            config,
+            load_noise_scheduler(base).alphas_cumprod,
+            predicts_velocity=self.predicts_velocity,
+            device=hardware.device,
+        )
         torch.manual_seed(config.seed)  # whatever was loaded or encoded before
         self.network = LoraNetwork(
             self._unet if config.trains_unet else None,
@@ -71,15 +74,11 @@ class Learner:
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the loss of a batch with fresh noise at random times; a scalar, float32."""
-        clean = self._latents.of(batch)
-        noise = draw_noise(clean, self._config.noise_offset)
-        times = torch.randint(0, self._schedule.steps, (len(batch),)).to(clean.device)
-        noisy = self._schedule.noisy(clean, noise, times)
+        question = self._objective.ask(self._latents.of(batch))
         with self.hardware.autocast():
             conditioning = self._text.of([draw.caption for draw in batch])
-            predicted = self._unet(noisy, times, conditioning, return_dict=False)[0]
-        target = self._schedule.velocity(clean, noise, times) if self.predicts_velocity else noise
-        return denoising_loss(predicted, target, self._weights_of_samples(times))
+            predicted = self._unet(question.noisy, question.times, conditioning, return_dict=False)[0]
+        return self._objective.loss(predicted, question)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a batch that is one of `gradient_accumulation_steps`."""
@@ -124,12 +123,6 @@ class Learner:
         self._lr_scheduler.load_state_dict(dict(state.lr_scheduler))
         self._scaler.load_state_dict(dict(state.scaler))
         state.randomness.restore(self.hardware.device)
-
-    def _weights_of_samples(self, times: Tensor) -> Tensor | None:
-        gamma = self._config.min_snr_gamma
-        if gamma is None:
-            return None
-        return min_snr_weight(self._schedule.snr(times), gamma, predicts_velocity=self.predicts_velocity)
 
 
 def _save_memory(unet: Any, trained_encoder: Any | None) -> None:

@@ -73,6 +73,7 @@ def reference_losses(
     clip_skip: int = 1,
     sgd: bool = False,
     clip: float = 1.0,
+    flip: bool = False,
 ) -> list[float]:
     """Loss of each optimizer step: batches of two, a constant rate, AdamW or SGD."""
     load = {"local_files_only": True}
@@ -81,7 +82,11 @@ def reference_losses(
     tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer", **load)
     vae = AutoencoderKL.from_pretrained(base / "vae", **load).eval()
     scheduler = DDPMScheduler.from_pretrained(base / "scheduler", **load)
-    latents = {name: frozen_latent(vae, images / f"{name}.png") for name in captions}
+    latents = {
+        (name, flipped): frozen_latent(vae, images / f"{name}.png", flipped=flipped)
+        for name in captions
+        for flipped in {False, flip}
+    }
     torch.manual_seed(seed)
     text_factors = adapted(encoder, ("CLIPAttention", "CLIPMLP"), rank)
     unet_factors = adapted(unet, ("Transformer2DModel",), rank)
@@ -94,11 +99,13 @@ def reference_losses(
         rng.shuffle(order)
         batches = [order[start : start + 2] for start in range(0, len(order), 2)]
         rng.shuffle(batches)
+        batches = [[(name, flip and rng.random() < 0.5) for name in batch] for batch in batches]
         for start in range(0, len(batches), accumulate):
             group = batches[start : start + accumulate]
             values = []
-            for names in group:
-                clean = torch.stack([latents[name] for name in names])
+            for draws in group:
+                names = [name for name, _ in draws]
+                clean = torch.stack([latents[draw] for draw in draws])
                 noise = torch.randn_like(clean)
                 if offset:
                     noise = noise + offset * torch.randn(len(names), 4, 1, 1)

@@ -133,6 +133,9 @@ def test_a_broken_file_is_one_error_that_names_it(tmp_path: Path, text: str, mes
         ),
         ({"lr_scheduler": "piecewise_constant"}, "needs its rules; set lr_scheduler_args.step_rules, such as '1:100,"),
         ({"lr_scheduler": "cosine_with_min_lr"}, "needs one lowest rate; set either lr_scheduler_min_lr_ratio or"),
+        ({"adaptive_noise_scale": 0.1}, "adaptive_noise_scale needs noise_offset, which is not set; set it or take"),
+        ({"min_timestep": 600, "max_timestep": 500}, "min_timestep 600 lies above max_timestep 500; lower it"),
+        ({"loss_type": "l3"}, "loss_type: 'l3' will not do"),
         ({"lr_decay_steps": 1.5}, "lr_decay_steps: 1.5 will not do"),
         ({"unet_lr": 0, "text_encoder_lr": 0}, "nothing would be trained"),
         ({"mixed_precision": "fp8"}, "mixed_precision: 'fp8' will not do"),
@@ -141,6 +144,6 @@ def test_a_broken_file_is_one_error_that_names_it(tmp_path: Path, text: str, mes
 def test_a_value_that_will_not_do_is_named_with_its_key(tmp_path: Path, changes, message: str):
     values = {**NEEDED, **changes}
     text = "\n".join(f"{key} = {json.dumps(value).replace('Infinity', 'inf')}" for key, value in values.items())
-    with pytest.raises(UserError, match=r"will not do|has no|nothing|needs") as caught:
+    with pytest.raises(UserError, match=r"will not do|has no|nothing|needs|above") as caught:
         loaded(tmp_path, text)
     assert message in str(caught.value)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 from optimizer_daemon.lora_training.lora import LoraNetwork
+from optimizer_daemon.lora_training.objective import Objective
+from optimizer_daemon.lora_training.objective_settings import ObjectiveSettings
 from optimizer_daemon.lora_training.optimizers import create_optimizer
 from optimizer_daemon.lora_training.schedulers import create_lr_scheduler
 from tests.optimizer_daemon.lora_training.test_optimizers import config, network
@@ -40,6 +44,25 @@ def test_the_rates_are_those_of_sd_scripts(case):
         scheduler.step()
     found.append(list(map(float, scheduler.get_last_lr())))
     assert found == [pytest.approx(rates, rel=1e-6, abs=1e-15) for rates in case["rates"]]
+
+
+@pytest.mark.parametrize("case", named(GOLDEN["objectives"]))
+def test_the_noise_and_the_loss_are_those_of_sd_scripts(case):
+    """The "UNet" is the simple function of make_training_golden.py, and so are latents, seed and sample weights."""
+    settings = ObjectiveSettings.model_validate(case["settings"])
+    alphas = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
+    velocity = settings.predicts_velocity(False)
+    objective = Objective(settings, alphas, predicts_velocity=velocity, device=torch.device("cpu"))
+    ratios = random.Random(7)  # sd-scripts asks Python's generator for these
+    objective.draw_ratio = lambda: ratios.random() * 2 + 2
+    clean = torch.sin(torch.arange(3 * 4 * 8 * 8).reshape(3, 4, 8, 8) * 0.37)
+    torch.manual_seed(7)
+    question = objective.ask(clean)
+    predicted = 0.7 * question.noisy + 0.2 * torch.cos(torch.arange(clean.numel()).reshape(clean.shape) * 0.1)
+    loss = objective.loss(predicted, question, torch.tensor([1.0, 0.5, 2.0]))
+    assert question.times.tolist() == case["timesteps"]
+    assert question.noisy.flatten()[::37].tolist() == pytest.approx(case["noisy"], rel=1e-4, abs=1e-5)
+    assert loss.item() == pytest.approx(case["loss"], rel=1e-4)
 
 
 @pytest.mark.skipif(
