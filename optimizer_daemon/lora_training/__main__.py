@@ -14,6 +14,7 @@ from pathlib import Path
 from optimizer_daemon.lora_training.base_model import inspect_base_model
 from optimizer_daemon.lora_training.config import load_config
 from optimizer_daemon.lora_training.dataset import load_data
+from optimizer_daemon.lora_training.families import require_encoder_rates
 from optimizer_daemon.lora_training.stopping import StopWish
 from shared.commands import run_command
 from shared.errors import DiskError
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str]) -> int:
         config = config.model_copy(update={"resume": True})
     base = inspect_base_model(config.pretrained_model_name_or_path)
     config.predicts_velocity(base.predicts_velocity)  # refuses settings of the other kind
+    require_encoder_rates(config.text_encoder_lr, base)
     data = load_data(
         config.dataset_config,
         batch_size=config.train_batch_size,
@@ -49,7 +51,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m optimizer_daemon.lora_training", description="Train one LoRA on a Stable Diffusion 1.5 model."
+        prog="python -m optimizer_daemon.lora_training",
+        description="Train one LoRA on a Stable Diffusion 1.5 or SDXL model.",
     )
     parser.add_argument("--config", type=Path, required=True, help="train_config.toml")
     parser.add_argument("--resume", action="store_true", help="go on from the state in state_dir, where there is one")

@@ -6,6 +6,7 @@ Relative paths start from the folder of the file. Light to import: whoever write
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -100,7 +101,14 @@ class TrainConfig(ObjectiveSettings, RateSettings, NetworkSettings):
 
     @property
     def trains_text_encoder(self) -> bool:
-        return self.effective_text_encoder_lr > 0
+        """Whether any of them is."""
+        return any(rate > 0 for rate in self.text_encoder_rates)
+
+    def untrained(self, text_encoders: Sequence[str]) -> frozenset[str]:
+        """Return which parts of the base model get no LoRA: those with rate 0."""
+        rates = self.text_encoder_rates
+        frozen = {part for part, rate in zip(text_encoders, rates * len(text_encoders), strict=False) if not rate}
+        return frozenset(frozen if self.trains_unet else {*frozen, "unet"})
 
     @property
     def state_folder(self) -> Path:

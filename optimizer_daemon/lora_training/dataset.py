@@ -29,6 +29,7 @@ class TrainingImage:
     Args:
         path: the file.
         sha256: of the file's bytes.
+        size: of the file's picture.
         caption: its caption as read.
         fit: the size it is trained at.
         subset: the rules of its folder.
@@ -36,6 +37,7 @@ class TrainingImage:
 
     path: Path
     sha256: str
+    size: Size
     caption: str
     fit: Fit
     subset: Subset
@@ -218,7 +220,7 @@ def _training_image(file: Path, plan: DatasetPlan, subset: Subset) -> TrainingIm
             f"{file} is {size[0]} x {size[1]} pixels, less than one bucket step of {plan.dataset.bucket_reso_steps}; "
             "enlarge or remove it"
         )
-    return TrainingImage(file, sha256, read_caption(file, subset), fit, subset)
+    return TrainingImage(file, sha256, size, read_caption(file, subset), fit, subset)
 
 
 def _no_image(file: Path, error: Exception) -> UserError:

@@ -16,15 +16,16 @@ from optimizer_daemon.lora_training.lora import LoraNetwork
 from optimizer_daemon.lora_training.models import (
     Hardware,
     load_noise_scheduler,
-    load_text_encoder,
-    load_tokenizer,
+    load_text_encoders,
+    load_tokenizers,
     load_unet,
 )
 from optimizer_daemon.lora_training.objective import Objective
 from optimizer_daemon.lora_training.optimizers import create_optimizer
 from optimizer_daemon.lora_training.schedulers import create_lr_scheduler
+from optimizer_daemon.lora_training.size_conditions import time_ids
 from optimizer_daemon.lora_training.state import Position, Randomness, TrainingState
-from optimizer_daemon.lora_training.text import TextConditioning
+from optimizer_daemon.lora_training.text import TextConditioning, TextEmbedding
 
 
 class Learner:
@@ -46,9 +47,9 @@ class Learner:
         self._config = config
         self._latents = latents
         self._unet = load_unet(base, hardware)
-        encoder = load_text_encoder(base, hardware)
+        encoders = load_text_encoders(base, hardware)
         self._text = TextConditioning(
-            load_tokenizer(base), encoder, config.clip_skip, trained=config.trains_text_encoder
+            load_tokenizers(base), encoders, config.clip_skip, trained=config.trains_text_encoder
         )
         self._objective = Objective(
             config,
@@ -58,14 +59,15 @@ class Learner:
         )
         torch.manual_seed(config.seed)  # whatever was loaded or encoded before
         self.network = LoraNetwork(
-            self._unet if config.trains_unet else None,
-            encoder if config.trains_text_encoder else None,
+            self._unet,
+            encoders,
             rank=config.network_dim,
             alpha=config.network_alpha,
             dropout=config.network_dropout,
+            untrained=config.untrained(base.text_encoders),
         ).to(hardware.device)
         if config.gradient_checkpointing:
-            _save_memory(self._unet, encoder if config.trains_text_encoder else None)
+            _save_memory(self._unet, encoders if config.trains_text_encoder else [])
         self.torch_optimizer = create_optimizer(config, self.network)
         self._optimizer = self.torch_optimizer.optimizer
         self._lr_scheduler = create_lr_scheduler(config, self._optimizer, total_steps)
@@ -76,8 +78,14 @@ class Learner:
         """Return the loss of a batch with fresh noise at random times; a scalar, float32."""
         question = self._objective.ask(self._latents.of(batch))
         with self.hardware.autocast():
-            conditioning = self._text.of([draw.caption for draw in batch])
-            predicted = self._unet(question.noisy, question.times, conditioning, return_dict=False)[0]
+            text = self._text.of([draw.caption for draw in batch])
+            predicted = self._unet(
+                question.noisy,
+                question.times,
+                text.states,
+                added_cond_kwargs=_beside_text(text, batch),
+                return_dict=False,
+            )[0]
         return self._objective.loss(predicted, question)
 
     def backward(self, loss: Tensor) -> None:
@@ -125,10 +133,18 @@ class Learner:
         state.randomness.restore(self.hardware.device)
 
 
-def _save_memory(unet: Any, trained_encoder: Any | None) -> None:
+def _beside_text(text: TextEmbedding, batch: Batch) -> dict[str, Tensor] | None:
+    """What SDXL's UNet is told beside the text's states: the pooled text, and each picture's sizes, (batch, 6)."""
+    if text.pooled is None:
+        return None
+    sizes = [time_ids(draw.image.size, draw.image.fit.bucket, flipped=draw.flipped) for draw in batch]
+    return {"text_embeds": text.pooled, "time_ids": torch.tensor(sizes, device=text.pooled.device)}
+
+
+def _save_memory(unet: Any, trained_encoders: Sequence[Any]) -> None:
     unet.enable_gradient_checkpointing()
-    if trained_encoder is not None:
+    for encoder in trained_encoders:
         # transformers renamed it within version 5
-        old = trained_encoder.gradient_checkpointing_enable
-        getattr(trained_encoder, "activation_checkpointing_enable", old)({"use_reentrant": False})
-        trained_encoder.train()  # transformers checkpoints in training mode only; CLIP's dropout is 0
+        old = encoder.gradient_checkpointing_enable
+        getattr(encoder, "activation_checkpointing_enable", old)({"use_reentrant": False})
+        encoder.train()  # transformers checkpoints in training mode only; CLIP's dropout is 0

@@ -1,4 +1,4 @@
-"""LoRA layers beside the frozen ones, under the names of kohya's networks.lora.
+"""LoRA layers beside the frozen ones, under the names of kohya's networks.lora: SDXL's UNet has SGM names there.
 
 Source: Hu et al. 2021, arXiv:2106.09685; initial values and scale as microsoft/LoRA and sd-scripts have them.
 """
@@ -6,14 +6,24 @@ Source: Hu et al. 2021, arXiv:2106.09685; initial values and scale as microsoft/
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from shared.sgm_names import SgmNames
+
 # Classes whose Linear and 1x1 Conv2d layers get a LoRA; also the names that sd-scripts looks for.
 _UNET_BLOCKS = frozenset({"Transformer2DModel"})
 _TEXT_BLOCKS = frozenset({"CLIPAttention", "CLIPSdpaAttention", "CLIPMLP"})
+
+# The order in which sd-scripts' own classes register their parts, where diffusers has another: initial weights are
+# drawn in it. Class -> parts, in order.
+_ORDERS: Mapping[str, Sequence[str]] = {"BasicTransformerBlock": ("attn1", "ff", "attn2")}
+_SDXL_ORDERS: Mapping[str, Sequence[str]] = {
+    **_ORDERS,
+    "UNet2DConditionModel": ("down_blocks", "mid_block", "up_blocks"),
+}
 
 
 class LoraLayer(nn.Module):
@@ -33,12 +43,13 @@ class LoraLayer(nn.Module):
         alpha = alpha or rank
         self.lora_down: nn.Linear | nn.Conv2d
         self.lora_up: nn.Linear | nn.Conv2d
+        # Their constructors draw weights that are not used; left out, the same seed would give others than sd-scripts'.
         if isinstance(base, nn.Conv2d):
-            self.lora_down = nn.utils.skip_init(nn.Conv2d, base.in_channels, rank, 1, base.stride, bias=False)
-            self.lora_up = nn.utils.skip_init(nn.Conv2d, rank, base.out_channels, 1, bias=False)
+            self.lora_down = nn.Conv2d(base.in_channels, rank, 1, (base.stride[0], base.stride[1]), bias=False)
+            self.lora_up = nn.Conv2d(rank, base.out_channels, 1, bias=False)
         else:
-            self.lora_down = nn.utils.skip_init(nn.Linear, base.in_features, rank, bias=False)
-            self.lora_up = nn.utils.skip_init(nn.Linear, rank, base.out_features, bias=False)
+            self.lora_down = nn.Linear(base.in_features, rank, bias=False)
+            self.lora_up = nn.Linear(rank, base.out_features, bias=False)
         nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_up.weight)
         self.register_buffer("alpha", torch.tensor(float(alpha)))
@@ -56,37 +67,49 @@ class LoraLayer(nn.Module):
 class LoraNetwork(nn.Module):
     """All LoRA layers of a training; its state_dict has the tensors and names of a checkpoint.
 
-    Initial weights are drawn on the CPU from torch's global generator, the text encoder's before the UNet's, each in
-    the order of `named_modules`.
+    Initial weights are drawn on the CPU from torch's global generator as sd-scripts' networks.lora draws them: for the
+    text encoders, then for the UNet, trained or not. So the UNet's do not depend on what else is trained.
 
     Args:
-        unet: None to leave it alone.
-        text_encoder: None to leave it alone.
+        unet: the UNet.
+        text_encoders: one, or SDXL's two.
         rank, alpha, dropout: see LoraLayer.
+        untrained: which of "unet", "text_encoder", "text_encoder_2" get none.
     """
 
     def __init__(
         self,
-        unet: nn.Module | None,
-        text_encoder: nn.Module | None,
+        unet: nn.Module,
+        text_encoders: Sequence[nn.Module],
         *,
         rank: int,
         alpha: float,
         dropout: float | None = None,
+        untrained: Collection[str] = (),
     ) -> None:
         super().__init__()
-        self.text_encoder_names: list[str] = []
+        self.encoder_names: tuple[list[str], ...] = tuple([] for _ in text_encoders)
         self.unet_names: list[str] = []
-        targets = []
-        if text_encoder is not None:
-            targets.append((self.text_encoder_names, text_layers(text_encoder)))
-        if unet is not None:
-            targets.append((self.unet_names, unet_layers(unet)))
-        for names, layers in targets:
+        prefixes = ["lora_te"] if len(text_encoders) == 1 else ["lora_te1", "lora_te2"]
+        targets = [
+            (part, names, text_layers(encoder, prefix))
+            for part, names, encoder, prefix in zip(
+                ("text_encoder", "text_encoder_2"), self.encoder_names, text_encoders, prefixes, strict=False
+            )
+        ]
+        targets.append(("unet", self.unet_names, unet_layers(unet)))
+        for part, names, layers in targets:
             for name, base in layers:
-                names.append(name)
-                self.add_module(name, LoraLayer(base, rank, alpha, dropout))
-                base.register_forward_hook(self.get_submodule(name))
+                layer = LoraLayer(base, rank, alpha, dropout)
+                if part not in untrained:
+                    names.append(name)
+                    self.add_module(name, layer)
+                    base.register_forward_hook(layer)
+
+    @property
+    def text_encoder_names(self) -> list[str]:
+        """The layers of all text encoders."""
+        return [name for names in self.encoder_names for name in names]
 
     def parameters_of(self, names: list[str]) -> list[nn.Parameter]:
         """Return the trained weights of these layers, in order."""
@@ -94,22 +117,37 @@ class LoraNetwork(nn.Module):
 
 
 def unet_layers(unet: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
-    """Yield (kohya's name, layer) for every layer of a UNet that gets a LoRA."""
-    for path, layer in _layers_inside(unet, _UNET_BLOCKS):
-        yield f"lora_unet_{path.replace('.', '_')}", layer
+    """Yield (kohya's name, layer) for every layer of a UNet that gets a LoRA, in the order of sd-scripts."""
+    sdxl = getattr(getattr(unet, "config", None), "addition_embed_type", None) == "text_time"
+    names = SgmNames(unet) if sdxl else None
+    for path, layer in _layers_inside(unet, _UNET_BLOCKS, _SDXL_ORDERS if sdxl else _ORDERS):
+        known = path if names is None else names.of(path)
+        assert known is not None, f"{path} lies in no block of SDXL"
+        yield f"lora_unet_{known.replace('.', '_')}", layer
 
 
-def text_layers(encoder: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
+def text_layers(encoder: nn.Module, prefix: str = "lora_te") -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
     """Yield (kohya's name, layer) for every layer of a CLIP text encoder that gets a LoRA."""
-    for path, layer in _layers_inside(encoder, _TEXT_BLOCKS):
+    for path, layer in _layers_inside(encoder, _TEXT_BLOCKS, {}):
         # transformers 5.6 took this level out of the module tree; files keep it.
         full = path if path.startswith("text_model.") else f"text_model.{path}"
-        yield f"lora_te_{full.replace('.', '_')}", layer
+        yield f"{prefix}_{full.replace('.', '_')}", layer
 
 
-def _layers_inside(root: nn.Module, blocks: frozenset[str]) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
-    for block_path, block in root.named_modules():
+def _layers_inside(
+    root: nn.Module, blocks: frozenset[str], orders: Mapping[str, Sequence[str]]
+) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
+    for block_path, block in _modules(root, orders):
         if type(block).__name__ in blocks:
-            for path, layer in block.named_modules():
+            for path, layer in _modules(block, orders):
                 if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1)):
                     yield f"{block_path}.{path}", layer
+
+
+def _modules(root: nn.Module, orders: Mapping[str, Sequence[str]], path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """As `named_modules`, but the parts of the classes in `orders` come in that order, others behind them."""
+    yield path, root
+    children = dict(root.named_children())
+    first = [name for name in orders.get(type(root).__name__, ()) if name in children]
+    for name in [*first, *(name for name in children if name not in first)]:
+        yield from _modules(children[name], orders, f"{path}.{name}" if path else name)

@@ -77,7 +77,6 @@ _ARCHITECTURES = {
     "sd_v2": "stable-diffusion-v2-512",
     "sd_v2_v": "stable-diffusion-v2-768-v",
     "sdxl_base_v1-0": "stable-diffusion-xl-v1-base",
-    "sdxl_base_v1-0_v": "stable-diffusion-xl-v1-base",
 }
 _SGM = "https://github.com/Stability-AI/generative-models"  # whose names the modules of an SDXL LoRA have
 _OLD_HASH_AT, _OLD_HASH_LENGTH = 0x100000, 0x10000
@@ -104,7 +103,8 @@ class Facts:
 def training_metadata(config: TrainConfig, data: TrainingData, base: BaseModel, facts: Facts) -> dict[str, str]:
     """Return the metadata of all checkpoints of a training; `save_checkpoint` adds what differs between them."""
     settings = {f"ss_{name}": getattr(config, name, without) for name, without in SETTINGS.items()}
-    version = base.version + ("_v" if facts.predicts_velocity else "")
+    # sd-scripts has one name for SDXL, whatever it predicts
+    version = base.version + ("_v" if facts.predicts_velocity and base.family == "sd15" else "")
     loop = {
         "ss_session_id": secrets.randbelow(2**32),
         "ss_training_started_at": time.time(),
@@ -132,10 +132,10 @@ def training_metadata(config: TrainConfig, data: TrainingData, base: BaseModel, 
         "ss_tag_frequency": json.dumps(data.tag_frequency()),
     }
     known = {**settings, **loop, **model, **images}
-    return {key: str(value) for key, value in known.items()} | _model_spec(config, data, version)
+    return {key: str(value) for key, value in known.items()} | _model_spec(config, data, version, facts)
 
 
-def _model_spec(config: TrainConfig, data: TrainingData, version: str) -> dict[str, str]:
+def _model_spec(config: TrainConfig, data: TrainingData, version: str, facts: Facts) -> dict[str, str]:
     width, height = max((images.plan.dataset.resolution for images in data.sets), key=lambda size: size[0] * size[1])
     spec = {
         "sai_model_spec": "1.0.1",
@@ -144,7 +144,7 @@ def _model_spec(config: TrainConfig, data: TrainingData, version: str) -> dict[s
         "implementation_version": _program(),
         "title": config.output_name,
         "resolution": f"{width}x{height}",  # sd-scripts says 512x512 where the data set's TOML sets it
-        "prediction_type": "v" if version.endswith("_v") else "epsilon",
+        "prediction_type": "v" if facts.predicts_velocity else "epsilon",
     }
     if config.clip_skip is not None:
         spec["encoder_layer"] = str(config.clip_skip)

@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from optimizer_daemon.lora_training.base_model import BaseModel
@@ -78,15 +78,18 @@ def load_vae(base: BaseModel, hardware: Hardware) -> AutoencoderKL:
     return _frozen(vae, hardware.device, torch.float32)
 
 
-def load_text_encoder(base: BaseModel, hardware: Hardware) -> CLIPTextModel:
-    """Return the frozen text encoder."""
-    encoder = _from_folder(CLIPTextModel.from_pretrained, base.folder / "text_encoder")
-    return _frozen(encoder, hardware.device, hardware.dtype)
+def load_text_encoders(base: BaseModel, hardware: Hardware) -> list[nn.Module]:
+    """Return the frozen text encoders: one CLIPTextModel, and SDXL's CLIPTextModelWithProjection behind it."""
+    kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    return [
+        _frozen(_from_folder(kinds[part].from_pretrained, base.folder / part), hardware.device, hardware.dtype)
+        for part in base.text_encoders
+    ]
 
 
-def load_tokenizer(base: BaseModel) -> CLIPTokenizer:
-    """Return the tokenizer."""
-    return _from_folder(CLIPTokenizer.from_pretrained, base.folder / "tokenizer")
+def load_tokenizers(base: BaseModel) -> list[CLIPTokenizer]:
+    """Return the tokenizer of each text encoder."""
+    return [_from_folder(CLIPTokenizer.from_pretrained, base.folder / part) for part in base.tokenizers]
 
 
 def load_noise_scheduler(base: BaseModel) -> DDPMScheduler:

@@ -27,7 +27,8 @@ class TorchOptimizer:
     """A torch optimizer over the LoRA's weights.
 
     Args:
-        optimizer: its groups are the text encoder's weights, then the UNet's, where these are trained.
+        optimizer: its groups are the text encoders' weights, one group for each where they have rates of their own,
+            then the UNet's, where these are trained.
         groups: their names in TensorBoard.
         description: class and arguments, as kohya's ss_optimizer has them.
     """
@@ -45,10 +46,16 @@ def create_optimizer(config: TrainConfig, network: LoraNetwork) -> TorchOptimize
     """
     kind, name = _resolve(config.optimizer_type)
     arguments = _arguments(config, config.optimizer_type.lower())
-    named_groups = [
-        ("textencoder", network.text_encoder_names, config.effective_text_encoder_lr),
-        ("unet", network.unet_names, config.effective_unet_lr),
-    ]
+    rates = config.text_encoder_rates
+    named_groups = (
+        [("textencoder", network.text_encoder_names, rates[0])]
+        if len(rates) == 1
+        else [
+            (f"textencoder {number}", names, rate)
+            for number, (names, rate) in enumerate(zip(network.encoder_names, rates, strict=True), 1)
+        ]
+    )
+    named_groups.append(("unet", network.unet_names, config.effective_unet_lr))
     groups = [
         (label, {"params": network.parameters_of(names), "lr": rate}) for label, names, rate in named_groups if names
     ]

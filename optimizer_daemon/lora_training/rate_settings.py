@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -29,7 +29,10 @@ class RateSettings(StrictSettings):
 
     learning_rate: float = Field(gt=0, description="rate of whatever has none of its own")
     unet_lr: Rate | None = Field(None, description="rate of the UNet's LoRA; 0 leaves the UNet alone")
-    text_encoder_lr: Rate | None = Field(None, description="rate of the text encoder's LoRA; 0 leaves it alone")
+    text_encoder_lr: Rate | Annotated[list[Rate], Field(min_length=1, max_length=2)] | None = Field(
+        None,
+        description="rate of the text encoder's LoRA, or a list with one for each of SDXL's two; 0 leaves it alone",
+    )
     optimizer_type: str = Field(
         "AdamW", min_length=1, description="AdamW, AdamW8bit, Lion, ... or package.module.Class"
     )
@@ -85,5 +88,8 @@ class RateSettings(StrictSettings):
         return self.learning_rate if self.unet_lr is None else self.unet_lr
 
     @property
-    def effective_text_encoder_lr(self) -> float:
-        return self.learning_rate if self.text_encoder_lr is None else self.text_encoder_lr
+    def text_encoder_rates(self) -> list[float]:
+        """The rates of the text encoders; a single one is for all of them."""
+        if self.text_encoder_lr is None:
+            return [self.learning_rate]
+        return self.text_encoder_lr if isinstance(self.text_encoder_lr, list) else [self.text_encoder_lr]

@@ -11,6 +11,7 @@ import torch
 from optimizer_daemon.lora_training.base_model import BaseModel
 from optimizer_daemon.lora_training.config import TrainConfig
 from optimizer_daemon.lora_training.dataset import Batch, TrainingData
+from optimizer_daemon.lora_training.families import ignored_settings
 from optimizer_daemon.lora_training.latents import default_cache_dir, load_latents
 from optimizer_daemon.lora_training.learner import Learner
 from optimizer_daemon.lora_training.memory import Memory, memory_that_ran_out, out_of_memory
@@ -56,7 +57,7 @@ def _train(config: TrainConfig, data: TrainingData, base: BaseModel, wish: StopW
     start, losses = _resumed(config, learner, identity)
     facts = Facts(learner.torch_optimizer.description, hardware.precision, learner.predicts_velocity, total_steps)
     metadata = training_metadata(config, data, base, facts)
-    _introduce(config, data, learner, total_steps)
+    _introduce(config, data, base, learner, total_steps)
     with Reporter(
         epochs=config.max_train_epochs,
         total_steps=total_steps,
@@ -148,7 +149,7 @@ def _resumed(config: TrainConfig, learner: Learner, identity: Mapping[str, Any])
     return state.position, state.losses
 
 
-def _introduce(config: TrainConfig, data: TrainingData, learner: Learner, total_steps: int) -> None:
+def _introduce(config: TrainConfig, data: TrainingData, base: BaseModel, learner: Learner, total_steps: int) -> None:
     sizes = ", ".join(str(images.plan.dataset.batch_size) for images in data.sets)
     network, hardware = learner.network, learner.hardware
     print(
@@ -165,6 +166,8 @@ def _introduce(config: TrainConfig, data: TrainingData, learner: Learner, total_
         f"  device: {hardware.device}, mixed precision {hardware.precision}, {torch.get_num_threads()} CPU threads",
         flush=True,
     )
+    for sentence in ignored_settings(config, base):
+        print(f"  note: {sentence}", flush=True)
     if (warmup := count_steps(config.lr_warmup_steps, total_steps)) >= total_steps:
         print(f"  warning: the warm-up of {warmup} steps is never over; lower lr_warmup_steps", flush=True)
 

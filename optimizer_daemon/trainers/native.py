@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from optimizer_daemon.lora_training.base_model import inspect_base_model
 from optimizer_daemon.lora_training.config import ARGUMENT_TABLES, TrainConfig, to_toml
+from optimizer_daemon.lora_training.families import require_encoder_rates, require_family
 from optimizer_daemon.lora_training.optimizer_names import require_optimizer
 from optimizer_daemon.lora_training.toml_file import closest
 from optimizer_daemon.trainers.base import LaunchPlan, ResumePoint, TrainerInput
@@ -48,7 +49,7 @@ _SOURCE_ROOT = Path(__file__).resolve().parents[2]
 
 
 class NativeTrainer:
-    """Stable Diffusion 1.5 LoRA training in a process of its own."""
+    """LoRA training on Stable Diffusion 1.x, 2.x and SDXL in a process of its own."""
 
     holds_out = True  # by their SHA-256, in train_config.toml
 
@@ -60,8 +61,11 @@ class NativeTrainer:
         Raises:
             UserError: something of it will not do.
         """
-        require_base_model(given.base_model, pipelines=("StableDiffusionPipeline",))
+        require_base_model(given.base_model)
         base = inspect_base_model(given.base_model, setting="--base-model")
+        require_family(base, given.family)
+        options = given.trainer.options
+        require_encoder_rates(options.get("text_encoder_lr"), base, setting="[trainer.native] text_encoder_lr")
         # By name: only this check needs the imaging library, the plans do not.
         dataset: Any = importlib.import_module("optimizer_daemon.lora_training.dataset")
         dataset.check_data(given.dataset_config, multiple_of=base.vae_factor)

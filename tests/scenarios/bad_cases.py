@@ -433,9 +433,19 @@ MODELS = [
         written("model.safetensors", "x", "--base-model", "{}"),
     ),
     Case(
-        "base model: SDXL",
-        ("--base-model", "StableDiffusionXLPipeline", "name a StableDiffusionPipeline"),
+        "base model: a family that is not trained",
+        ("--base-model", "FluxPipeline", "name a StableDiffusionPipeline", "StableDiffusionXLPipeline (SDXL)"),
+        model("--base-model", BASE_MODEL, in_json("model_index.json", _class_name="FluxPipeline")),
+    ),
+    Case(
+        "base model: SDXL without its second text encoder",
+        ("--base-model", "lacks text_encoder_2/config.json, tokenizer_2/tokenizer_config.json; copy the whole model"),
         model("--base-model", BASE_MODEL, in_json("model_index.json", _class_name="StableDiffusionXLPipeline")),
+    ),
+    Case(
+        "base model: another family than --model-family says",
+        ("--model-family: sdxl will not do", "is sd15, by its own files; say so, or leave it out"),
+        flags("--model-family", "sdxl"),
     ),
     Case(
         "base model: a part is missing",

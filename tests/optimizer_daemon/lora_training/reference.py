@@ -34,18 +34,31 @@ def frozen_latent(vae: AutoencoderKL, file: Path, *, flipped: bool = False) -> t
 def adapted(
     module: torch.nn.Module, blocks: tuple[str, ...], rank: int
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Fresh LoRA factors by weight name, in the order of `named_modules`."""
+    """Fresh LoRA factors by weight name, in the order of `named_modules`, but a block's ff before its attn2.
+
+    Numbers are drawn for down, up and down again, as where two layers are constructed and the first is initialised.
+    """
     found = {}
     for outer, block in module.named_modules():
         if type(block).__name__ in blocks:
-            for inner, layer in block.named_modules():
-                weight = getattr(layer, "weight", None)
-                if isinstance(layer, torch.nn.Linear) or (weight is not None and weight.shape[2:] == (1, 1)):
-                    down = torch.empty(rank, *weight.shape[1:])
-                    torch.nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+            layers = [(name, layer) for name, layer in block.named_modules() if hasattr(layer, "weight")]
+            for inner, layer in sorted(layers, key=lambda pair: place(pair[0])):
+                weight = layer.weight
+                if isinstance(layer, torch.nn.Linear) or weight.shape[2:] == (1, 1):
+                    down, up = torch.empty(rank, *weight.shape[1:]), torch.empty(weight.shape[0], rank)
+                    for drawn in (down, up, down):
+                        torch.nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
                     up = torch.zeros(weight.shape[0], rank, *weight.shape[2:])
                     found[f"{outer}.{inner}.weight"] = (down.requires_grad_(), up.requires_grad_())
     return found
+
+
+def place(name: str) -> tuple[int, int, int]:
+    """Sorts a transformer's layers: by block, and attn1, ff, attn2 within one; all others stay where they are."""
+    first, *rest = name.split(".")
+    if first != "transformer_blocks":
+        return (2 if first == "proj_out" else 0, 0, 0)
+    return (1, int(rest[0]), {"attn1": 0, "ff": 1, "attn2": 2}.get(rest[1], 3))
 
 
 def merged(module: torch.nn.Module, factors: dict, scale: float) -> dict[str, torch.Tensor]:

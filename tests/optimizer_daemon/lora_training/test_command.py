@@ -100,9 +100,19 @@ def regularisation(folder: Path) -> None:
         ),
         (single_file, {}, "base is a single file; the native trainer needs a diffusers folder, so convert it first"),
         (
+            lambda f: base_folder(f / "base", index___class_name="FluxPipeline"),
+            {},
+            "base is made for FluxPipeline; the native trainer trains StableDiffusionPipeline and StableDiffusionXLPip",
+        ),
+        (
             lambda f: base_folder(f / "base", index___class_name="StableDiffusionXLPipeline"),
             {},
-            "base is made for StableDiffusionXLPipeline; the native trainer trains StableDiffusionPipeline models",
+            "base lacks text_encoder_2/config.json, tokenizer_2/tokenizer_config.json; copy the whole model",
+        ),
+        (
+            None,
+            {"text_encoder_lr": [1e-4, 1e-5]},
+            "text_encoder_lr: [0.0001, 1e-05] will not do; a base model of family sd15 has 1 text encoder; give one",
         ),
         (lambda f: base_folder(f / "base", unet__in_channels=9), {}, "takes 9 channels, its VAE makes 4; inpainting"),
         (
@@ -131,7 +141,9 @@ def regularisation(folder: Path) -> None:
         "a value of another kind",
         "no base model",
         "a single-file base model",
-        "an SDXL base model",
+        "a base model of another family",
+        "half an SDXL base model",
+        "two rates for one text encoder",
         "an inpainting model",
         "parts of different models",
         "half a base model",

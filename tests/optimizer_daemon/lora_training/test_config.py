@@ -77,7 +77,7 @@ def test_relative_paths_start_from_the_file(tmp_path: Path):
 )
 def test_learning_rate_is_the_rate_of_whatever_has_none_of_its_own(rates, effective):
     found = config(**rates)
-    assert (found.effective_unet_lr, found.effective_text_encoder_lr) == effective
+    assert (found.effective_unet_lr, *found.text_encoder_rates) == effective
     assert (found.trains_unet, found.trains_text_encoder) == tuple(rate > 0 for rate in effective)
 
 
