@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 from optimizer_daemon.lifecycle import Action, Ending, TrialView, ending_of, signal_of
 from optimizer_daemon.lora_training.memory import Memory, memory_that_ran_out
 from optimizer_daemon.scores import TrialScores
-from optimizer_daemon.trainers.base import Preloads, TrainerPlugin
+from optimizer_daemon.trainers.base import Preloads, Tidies, TrainerPlugin
 from optimizer_daemon.training_log import TrainingLog
 from shared.errors import (
     DeviceBusyError,
@@ -61,7 +61,8 @@ class LiveTrial:
         log: its training log.
         process: its trainer, while that lives.
         scores: what the evaluator has recorded so far.
-        progress: what the training said last.
+        told: what the training said last.
+        progress: what is known from that and from what it had said before.
         last_progress: when, in seconds of the monotonic clock.
         first_not_finite: the step since which its loss is no number; None while it is one.
         step_seconds: seconds per step, as it said them.
@@ -74,6 +75,7 @@ class LiveTrial:
     log: TrainingLog
     process: SupervisedProcess | None = None
     scores: TrialScores = field(default_factory=TrialScores)
+    told: Progress | None = None
     progress: Progress | None = None
     last_progress: float = 0.0
     first_not_finite: int | None = None
@@ -130,6 +132,8 @@ class Runner:
     def start(self, live: LiveTrial, now: float) -> None:
         """Start the training; from its saved state where there is one."""
         sweep_temp_files(live.layout.folder)
+        if isinstance(self._trainer, Tidies):
+            self._trainer.tidy(live.layout, self._run)
         resume = self._trainer.resume_point(live.layout)
         plan = self._trainer.plan(live.params, live.layout, self._run, resume=resume)
         for path, text in plan.files.items():
@@ -138,7 +142,7 @@ class Runner:
             write_bytes(target, text.encode())
         live.log = TrainingLog(live.layout.training_log)
         live.log.skip_to_end()
-        live.progress, live.last_progress, live.first_not_finite = None, now, None
+        live.told, live.progress, live.last_progress, live.first_not_finite = None, None, now, None
         live.step_seconds.clear()
         live.process = start_supervised(
             plan.argv,
@@ -162,11 +166,12 @@ class Runner:
     def follow(self, live: LiveTrial, now: float) -> Iterator[Progress]:
         """Read what the training said since the last look; yield each epoch's first line once `live` has it."""
         for line in _lines(live.log):
-            progress = self._trainer.parse_progress(line)
-            if progress is None or progress == live.progress:
+            told = self._trainer.parse_progress(line)
+            if told is None or told == live.told:
                 continue
-            before, live.progress = live.progress, progress
-            live.last_progress = now
+            live.told, live.last_progress = told, now
+            before, progress = live.progress, told.after(live.progress)
+            live.progress = progress
             if progress.loss is not None and math.isfinite(progress.loss):
                 live.first_not_finite = None
             elif progress.loss is not None and live.first_not_finite is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from random import Random
 
 from optimizer_daemon.optuna_adapter.study import Draw
@@ -12,10 +12,10 @@ from optimizer_daemon.search.expressions import Value
 from optimizer_daemon.search.space import SearchSpace
 from optimizer_daemon.settings import OptimizerSettings
 from optimizer_daemon.study_file import find_run, require_inputs, trainer_of
-from optimizer_daemon.trainers.base import ChecksInput, TrainerInput, TrainerPlugin, holds_out
+from optimizer_daemon.trainers.base import ChecksInput, SkipsClipLayers, TrainerInput, TrainerPlugin, holds_out
 from shared.errors import SettingsError, UserError
 from shared.layout import StudyLayout
-from shared.schemas import Run
+from shared.schemas import Run, TrialParams
 
 
 def check_inputs(
@@ -33,8 +33,11 @@ def check_inputs(
         UserError: something of it will not do; nothing was written.
         ContractError: run.json is damaged.
     """
-    version = trainer.check_input(_given(settings)) if isinstance(trainer, ChecksInput) else None
-    run = find_run(settings, study, now_local(), trainer_version=version)
+    trials = _trials(settings, space, pinned)
+    given = _given(settings, trials)
+    version = trainer.check_input(given) if isinstance(trainer, ChecksInput) else None
+    clip_skip = trainer.clip_skip(given) if isinstance(trainer, SkipsClipLayers) else 1
+    run = find_run(settings, study, now_local(), trainer_version=version, clip_skip=clip_skip)
     if run.pictures is not None and run.pictures.held_out and not holds_out(trainer):
         raise SettingsError(
             "--trainer",
@@ -43,30 +46,31 @@ def check_inputs(
             "this trainer does not promise to leave them out (holds_out = True); take one that does, or leave the "
             "likeness metrics and scorings that need them out",
         )
-    _rehearse(settings, study, space, trainer, pinned, run)
+    _rehearse(settings, study, trainer, trials, run)
     return run
 
 
-def _given(settings: OptimizerSettings) -> TrainerInput:
+def _given(settings: OptimizerSettings, trials: tuple[TrialParams, ...]) -> TrainerInput:
     base_model, dataset_config = require_inputs(settings)
-    return TrainerInput(base_model, dataset_config, settings.model_family, trainer_of(settings), settings.device)
+    trainer = trainer_of(settings)
+    return TrainerInput(base_model, dataset_config, settings.model_family, trainer, settings.device, trials)
+
+
+def _trials(settings: OptimizerSettings, space: SearchSpace, pinned: Mapping[str, Value]) -> tuple[TrialParams, ...]:
+    """Return a trial for every declared choice."""
+    draws = (Draw(0, {**values, **pinned}, None, now_local()) for values in space.samples(Random(settings.seed)))
+    return tuple(params_of(draw, space, settings.seed) for draw in draws)
 
 
 def _rehearse(
-    settings: OptimizerSettings,
-    study: StudyLayout,
-    space: SearchSpace,
-    trainer: TrainerPlugin,
-    pinned: Mapping[str, Value],
-    run: Run,
+    settings: OptimizerSettings, study: StudyLayout, trainer: TrainerPlugin, trials: Iterable[TrialParams], run: Run
 ) -> None:
-    """Plan a training for every declared choice: one that cannot be trained would only show in the trial it is drawn
-    for, maybe days later.
+    """Plan the training of each trial: one that cannot be trained would only show in the trial it is drawn for, maybe
+    days later.
     """
-    for values in space.samples(Random(settings.seed)):
-        draw = Draw(0, {**values, **pinned}, None, now_local())
+    for params in trials:
         try:
-            trainer.plan(params_of(draw, space, settings.seed), study.trial(1), run)
+            trainer.plan(params, study.trial(1), run)
         except SettingsError:
             raise  # about a flag, which it names
         except UserError as error:

@@ -21,7 +21,7 @@ from shared.files import read_kept, write_model
 from shared.held_out import study_pictures, with_held_out
 from shared.layout import StudyLayout
 from shared.metric_names import MetricInputs, needs_held_out, parse_metrics, uses_pictures
-from shared.model_folders import digest_model
+from shared.model_folders import digest_model, family_of
 from shared.planning import make_plan
 from shared.prompts import draw_prompts, read_prompt_file
 from shared.schemas import Run, Scalar, ScoringPreset, Trainer
@@ -43,12 +43,20 @@ _LIBRARIES = ("lora-tuner", "torch", "diffusers", "transformers", "peft", "optun
 
 
 def find_run(
-    settings: OptimizerSettings, study: StudyLayout, now: datetime, *, trainer_version: str | None = None
+    settings: OptimizerSettings,
+    study: StudyLayout,
+    now: datetime,
+    *,
+    trainer_version: str | None = None,
+    clip_skip: int = 1,
 ) -> Run:
     """Return what the study's run.json has to say from now on; nothing is written.
 
     It is made from the settings at the first start and compared with them later.
 
+    Args:
+        trainer_version: of the program that trains, where it has one.
+        clip_skip: the layer of the text encoder that is trained and rendered with, counted from the end.
     Raises:
         SettingsError: a setting is missing or names nothing usable.
         StudyMismatchError: the folder was made with other settings, the base model's files have changed, or a part of
@@ -63,7 +71,7 @@ def find_run(
             raise StudyMismatchError(
                 f"{study.root} holds a study but no run.json; put run.json back, or choose another --output-dir"
             ) from None
-        run = _made(settings, study, shown, now, trainer_version)
+        run = _made(settings, study, shown, now, trainer_version, clip_skip)
     else:
         _refuse_changes(run, settings, shown)
         if run.storage == _storage(None, study) and not study.database.exists() and study.list_trials():
@@ -73,7 +81,7 @@ def find_run(
             )
     free = {_flag(name): shown[_flag(name)] for name in _FREE}
     here = trainer_of(settings)
-    trainer = run.trainer.model_copy(update={"python": here.python, "directory": here.directory})
+    trainer = run.trainer.model_copy(update={"python": here.python, "directory": here.directory, "family": here.family})
     return run.model_copy(
         update={"status": "running", "updated": now, "settings": {**run.settings, **free}, "trainer": trainer}
     )
@@ -91,6 +99,7 @@ def trainer_of(settings: OptimizerSettings, version: str | None = None) -> Train
         version=version,
         python=None if settings.trainer_python is None else str(settings.trainer_python.absolute()),
         directory=None if directory is None else str(directory.absolute()),
+        family=settings.model_family or (None if settings.base_model is None else family_of(settings.base_model)),
         options=dict(settings.trainer_options),
     )
 
@@ -180,7 +189,14 @@ def threads_per_process() -> int:
     return max(1, len(os.sched_getaffinity(0)) // 2)
 
 
-def _made(settings: OptimizerSettings, study: StudyLayout, shown: Shown, now: datetime, version: str | None) -> Run:
+def _made(
+    settings: OptimizerSettings,
+    study: StudyLayout,
+    shown: Shown,
+    now: datetime,
+    version: str | None,
+    clip_skip: int,
+) -> Run:
     base_model, dataset_config = require_inputs(settings)
     scoring, pictures = _measuring(settings, dataset_config)
     prompts = (
@@ -196,6 +212,7 @@ def _made(settings: OptimizerSettings, study: StudyLayout, shown: Shown, now: da
         lora_scale=settings.lora_scale,
         steps=settings.render_steps,
         cfg_scale=settings.cfg_scale,
+        clip_skip=clip_skip,
         scoring=scoring,
     )
     return Run(

@@ -61,6 +61,8 @@ WRITERS: Mapping[str, Writer] = MappingProxyType(
         f"requests/evaluator/{REQUEST}": "anybody",
         "reference/**": "evaluator",
         "baseline/**": "optimizer",
+        "trainer_cache/**/*.npz": "trainer",  # kohya's latents, beside the links to the pictures
+        "trainer_cache/**": "optimizer",
         "evaluations/**": "evaluator",
         f"trial_*/{PARAMS}": "optimizer",
         f"trial_*/{TRIAL_STATE}": "optimizer",
@@ -306,6 +308,7 @@ class StudyLayout:
     manager_state = Below(MANAGER_STATE)
     reference = Below("reference")  # renders of the base model alone
     baseline = Below("baseline")  # copies of the weights passed by --baseline
+    trainer_cache = Below("trainer_cache")  # what a trainer keeps for all trials; made again where it is missing
 
     @property
     def results(self) -> ResultsLayout:

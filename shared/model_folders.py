@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from shared.errors import CheckpointError, SettingsError
 from shared.safetensors_file import read_header
@@ -24,6 +24,10 @@ _PIPELINES = {
     | {"text_encoder_2": "config.json", "tokenizer_2": "tokenizer_config.json"},
 }
 _FAMILIES = {"StableDiffusionPipeline": "Stable Diffusion 1.x", "StableDiffusionXLPipeline": "SDXL"}
+_FAMILY_OF_PIPELINE: dict[str, Literal["sd15", "sdxl"]] = {
+    "StableDiffusionPipeline": "sd15",
+    "StableDiffusionXLPipeline": "sdxl",
+}
 _WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _NEEDS = "its unet/config.json needs sample_size, its vae's block_out_channels"
 _NOT_RENDERING = {"safety_checker", "feature_extractor", "image_encoder"}
@@ -79,6 +83,18 @@ def require_base_model(
     for part in _WITH_WEIGHTS:
         if part in components:
             _require_weights(folder / part, setting)
+
+
+def family_of(base_model: Path) -> Literal["sd15", "sdxl"] | None:
+    """Return what --model-family calls the family of a base model; None where it says none that is known.
+
+    Raises:
+        SettingsError: its model_index.json cannot be read.
+    """
+    index = base_model / "model_index.json"
+    if not index.is_file():
+        return None
+    return _FAMILY_OF_PIPELINE.get(str(_read_json(index, "--base-model").get("_class_name")))
 
 
 def require_clip_model(folder: Path, *, setting: str = "--clip-model") -> None:

@@ -2,13 +2,13 @@
 
     steps:  12%|█▎        | 2/16 [00:46<05:28, 23.48s/it, avr_loss=1.17, epoch=1/4]
 
-The native trainer adds the epoch; kohya announces it on a line of its own.
+The native trainer adds the epoch; kohya announces it on a line of its own, `epoch 1/4`.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _BAR = re.compile(
     r"steps:\s+\d+%\|[^|]*\|\s*(?P<step>\d+)/(?P<steps>\d+)\s+\[[\d:]+<(?P<eta>[\d:]+|\?)"
@@ -16,6 +16,12 @@ _BAR = re.compile(
 )
 _LOSS = re.compile(r"avr_loss=([-+]?(?:[\d.]+(?:e[-+]?\d+)?|nan|inf))", re.IGNORECASE)
 _EPOCH = re.compile(r"epoch=(\d+)")
+_ANNOUNCED = re.compile(r"\s*epoch (?P<epoch>\d+)/\d+\s*")
+# The bar of kohya's latents has no name; that of its captions has.
+_PREPARING = re.compile(
+    r"(?:(?P<what>read caption|get image size|(?:epoch )?validation steps):\s+)?"
+    r"\d+%\|[^|]*\|\s*(?P<done>\d+)/(?P<all>\d+) \["
+)
 _PREPARATION = re.compile(r"encoding (?P<what>latents): (?P<done>\d+)/(?P<all>\d+)")
 
 
@@ -25,8 +31,8 @@ class Progress:
 
     Args:
         epoch: the running epoch, counted from 1; None where the line does not tell.
-        step: optimizer steps done.
-        steps: optimizer steps of the whole training.
+        step: optimizer steps done; 0 where the line does not tell.
+        steps: optimizer steps of the whole training; 0 where the line does not tell.
         preparing: what is done before the first step, such as "latents"; `step` and `steps` then count that.
         loss: mean loss over about one epoch; may be NaN.
         seconds_per_step: mean so far.
@@ -40,6 +46,16 @@ class Progress:
     seconds_per_step: float | None = None
     eta_s: float | None = None
     preparing: str | None = None
+
+    def after(self, before: Progress | None) -> Progress:
+        """Return what is known after this line, when `before` was known: kohya's lines tell the epoch or the step."""
+        if before is None or before.preparing is not None:
+            return self
+        if self.preparing is not None:  # a picture is sampled, and the like
+            return before if before.epoch is not None or before.steps else self
+        if self.steps == 0:
+            return replace(before, epoch=self.epoch)
+        return self if self.epoch is not None else replace(self, epoch=before.epoch)
 
 
 def parse_bar(line: str) -> Progress | None:
@@ -63,6 +79,18 @@ def parse_preparation(line: str) -> Progress | None:
     """Read what the native trainer says while it encodes images, before its first step."""
     found = _PREPARATION.search(line)
     return found and Progress(None, int(found["done"]), int(found["all"]), preparing=found["what"])
+
+
+def parse_epoch(line: str) -> Progress | None:
+    """Read the line on which kohya announces an epoch."""
+    announced = _ANNOUNCED.fullmatch(line)
+    return announced and Progress(int(announced["epoch"]), 0, 0)
+
+
+def parse_unnamed_bar(line: str) -> Progress | None:
+    """Read the bars that kohya draws where it takes no step: over captions, pictures, samples and validation."""
+    found = _PREPARING.match(line)
+    return found and Progress(None, int(found["done"]), int(found["all"]), preparing=found["what"] or "latents")
 
 
 def _seconds_per_step(rate: str, unit: str) -> float | None:

@@ -7,7 +7,7 @@ import json
 import os
 import random
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,9 +162,17 @@ def check_data(path: Path, *, multiple_of: int) -> None:
     Raises:
         UserError: as `load_data`, or a picture is damaged.
     """
-    data = load_data(path, batch_size=1, multiple_of=multiple_of)
+    check_pictures(image.path for image in load_data(path, batch_size=1, multiple_of=multiple_of).images)
+
+
+def check_pictures(files: Iterable[Path]) -> None:
+    """Decode pictures as far as it takes to find a damaged one.
+
+    Raises:
+        UserError: one is damaged.
+    """
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        for damage in threads.map(_damage, sorted({image.path for image in data.images})):
+        for damage in threads.map(_damage, sorted(set(files))):
             if damage is not None:
                 threads.shutdown(wait=False, cancel_futures=True)
                 raise damage

@@ -53,6 +53,7 @@ class TrainerInput:
         family: of the base model, where the user said it.
         trainer: who trains; its options are the study file's [trainer.<name>] table.
         device: auto, cpu, cuda or cuda:N.
+        trials: trials as they may be drawn, which together show every choice of the search space.
     """
 
     base_model: Path
@@ -60,6 +61,7 @@ class TrainerInput:
     family: str | None
     trainer: Trainer
     device: str
+    trials: tuple[TrialParams, ...] = ()
 
 
 class TrainerPlugin(Protocol):
@@ -135,6 +137,28 @@ class Preloads(Protocol):
 
     def preload(self, run: Run) -> Preload | None:
         """Return what the trainings of all trials import; None when they run in another Python."""
+        ...
+
+
+@runtime_checkable
+class Tidies(Protocol):
+    """What a trainer may offer besides: a look, before each start of a training, at what a killed one left behind."""
+
+    def tidy(self, trial: TrialLayout, run: Run) -> None:
+        """Remove what was left half written; no training of the study runs meanwhile.
+
+        Raises:
+            LabError: it could not be removed.
+        """
+        ...
+
+
+@runtime_checkable
+class SkipsClipLayers(Protocol):
+    """What a trainer may offer besides: which layer of the text encoder it trains with, and is to be rendered with."""
+
+    def clip_skip(self, given: TrainerInput) -> int:
+        """Return the layer, counted from the end; 1, the last one, is that of trainers that do not say."""
         ...
 
 

@@ -36,6 +36,9 @@ class Trainer(Record):
         default=None, description="Interpreter it runs under; null when it is no Python program."
     )
     directory: str | None = Field(default=None, description="Folder of its program: a checkout of kohya's sd-scripts.")
+    family: Literal["sd15", "sdxl"] | None = Field(
+        default=None, description="Family of the base model; null when it says none that is known."
+    )
     options: dict[str, Any] = Field(
         default_factory=dict, description="The study file's [trainer.<name>] table: settings of every training."
     )

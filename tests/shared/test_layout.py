@@ -29,6 +29,8 @@ TREE = [
     (STUDY.base_render("ab" * 32).sample(0), "reference/abababababababab/sample_0.png", "evaluator"),
     (STUDY.base_render("ab" * 32).metrics, "reference/abababababababab/metrics.json", "evaluator"),
     (STUDY.baseline / "v6.safetensors", "baseline/v6.safetensors", "optimizer"),
+    (STUDY.trainer_cache / "data" / "0" / "a.png", "trainer_cache/data/0/a.png", "optimizer"),
+    (STUDY.trainer_cache / "data" / "0" / "a_sd.npz", "trainer_cache/data/0/a_sd.npz", "trainer"),
     (STUDY.evaluations("finalists").state, "evaluations/finalists/evaluation_state.json", "evaluator"),
     (STUDY.evaluations("finalists").plan, "evaluations/finalists/evaluation_plan.json", "evaluator"),
     (STUDY.evaluations("finalists").log, "evaluations/finalists/evaluation.log", "evaluator"),

@@ -1,0 +1,93 @@
+"""Run by the Python of kohya's environment: says what that environment and the checkout are, in one JSON object.
+
+It needs nothing of ours. Input, JSON on stdin:
+
+    directory   the checkout
+    script      the module whose setup_parser() is asked, e.g. "train_network"
+    config      settings of one training, as its train_config.toml holds them
+    dataset     document of the data set
+
+Output, after MARK on a line of its own: pid, versions, and then what could be found out: `import_error`, or `options`,
+`config_error` and `dataset_error`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import os
+import sys
+from typing import Any
+
+MARK = "lora-tuner-answer: "
+PACKAGES = ("transformers", "diffusers", "accelerate", "safetensors", "torch", "toml", "voluptuous")
+
+
+def main() -> None:
+    """Answer one question."""
+    asked: dict[str, Any] = json.load(sys.stdin)
+    answer: dict[str, Any] = {"pid": os.getpid(), "versions": versions()}
+    transformers = answer["versions"].get("transformers")
+    if transformers is None or int(transformers.partition(".")[0]) < 5:  # else importing tells less than the version
+        answer.update(look(asked))
+    print(f"\n{MARK}{json.dumps(answer)}", flush=True)
+
+
+def versions() -> dict[str, str]:
+    """Return the installed version of each package that is installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def look(asked: dict[str, Any]) -> dict[str, Any]:
+    """Import the script and ask its own parser and its own reader of data sets."""
+    sys.path[0] = asked["directory"]
+    try:
+        script = importlib.import_module(asked["script"])
+        parser = script.setup_parser()
+    except Exception as error:  # noqa: BLE001  whatever a foreign program raises is its answer
+        return {"import_error": f"{type(error).__name__}: {error}"}
+    options = {action.dest: describe(action) for action in parser._actions if action.dest != "help"}
+    return {"options": options, **verdict(parser, asked)}
+
+
+def describe(action: argparse.Action) -> dict[str, Any]:
+    """Return what values an option takes: type, whether it is a list, a switch, one of some choices."""
+    return {
+        "type": getattr(action.type, "__name__", "str"),
+        "list": action.nargs in ("*", "+"),
+        "switch": action.nargs == 0,
+        "choices": None if action.choices is None else list(action.choices),
+    }
+
+
+def verdict(parser: argparse.ArgumentParser, asked: dict[str, Any]) -> dict[str, Any]:
+    """Let the script's own functions look at a training's settings and at the data set."""
+    util = importlib.import_module("library.train_util")
+    config_util = importlib.import_module("library.config_util")
+    known = {action.dest for action in parser._actions}
+    settings = {name: value for name, value in asked["config"].items() if name in known}
+    try:
+        arguments = parser.parse_args([], namespace=argparse.Namespace(**settings))
+        util.verify_training_args(arguments)
+        util.prepare_dataset_args(arguments, True)
+        sanitizer = config_util.ConfigSanitizer(True, True, bool(arguments.masked_loss), True)
+        sanitizer.sanitize_argparse_namespace(arguments)
+    except (Exception, SystemExit) as error:  # noqa: BLE001  as above
+        return {"config_error": f"{type(error).__name__}: {error}"}
+    try:
+        sanitizer.sanitize_user_config(asked["dataset"])
+    except Exception as error:  # noqa: BLE001  as above
+        return {"dataset_error": str(error)}
+    return {}
+
+
+if __name__ == "__main__":
+    main()
