@@ -24,9 +24,11 @@ from optimizer_daemon.recovery import (
 from optimizer_daemon.refresh import PictureRefresh
 from optimizer_daemon.results import all_trials, publish_final, results_are_of, trials_of_stage, write_results
 from optimizer_daemon.runner import LiveTrial, Runner, kind_of, now_local
+from optimizer_daemon.scorekeeper import ScoreKeeper
 from optimizer_daemon.scores import ScoreReader
 from optimizer_daemon.scoring_command import EVALUATOR, ScoringCommand
 from optimizer_daemon.search.load import load_space
+from optimizer_daemon.search.pruning import Pruner
 from optimizer_daemon.search.space import format_parameters
 from optimizer_daemon.settings import OptimizerSettings
 from optimizer_daemon.start_checks import check_inputs
@@ -141,7 +143,10 @@ class OptimizerDaemon:
             )
             refuse_unknown_trials(self._study, self.layout)
         self._objective = self._run.plan.scoring.objective
-        self._reader = ScoreReader(self._run.plan_hash, self._objective)
+        never = settings.gpu_policy == "defer"  # no score comes before the training has ended
+        pruner = Pruner("none" if never else settings.pruner, settings.pruner_warmup_epochs)
+        reader = ScoreReader(self._run.plan_hash, self._objective)
+        self._scores = ScoreKeeper(self._study, reader, pruner, self._objective)
         threads = self._run.threads_per_process
         self._scoring = ScoringCommand(self._evaluator, settings.device, threads, self._clock)
         gpu = gpu_uuid(resolve_device(settings.device))
@@ -226,7 +231,7 @@ class OptimizerDaemon:
     def _advance(self, live: LiveTrial) -> bool:
         """Take one step with a trial; return whether another may follow at once."""
         self._look_at_training(live)
-        self._look_at_scores(live)
+        self._scores.look(live)
         view = self._runner.view(live, told=live not in self._live, evaluator_busy=self._evaluator_is_busy(live))
         action = next_action(view, self._clock())
         if action in _STARTS and (self._service.stopping or (self._desk.paused and action is Action.TRAIN)):
@@ -238,6 +243,8 @@ class OptimizerDaemon:
                 self._train(live, action)
             case Action.STOP_HUNG | Action.STOP_DIVERGED:
                 self._fail(live, self._runner.give_up(live, action))
+            case Action.PRUNE:
+                self._prune(live)
             case Action.EXCUSE:
                 self._runner.excuse(live)
             case Action.MARK_TRAINED:
@@ -256,7 +263,7 @@ class OptimizerDaemon:
 
     def _draw_trials(self) -> None:
         """Ask for a trial when there is a slot, a trial left to run and not too much to score."""
-        training = sum(live.state.state != "trained" for live in self._live)
+        training = sum(live.state.state not in ("trained", "pruned") for live in self._live)
         unscored = 0 if self._settings.gpu_policy == "defer" else MOST_UNSCORED
         if training or len(self._live) > unscored or self._service.stopping:
             return
@@ -303,20 +310,12 @@ class OptimizerDaemon:
             for _ in self._runner.follow(live, self._clock()):
                 log_change(_log, "epoch", trial=live.number, **progress_fields(live))
 
-    def _look_at_scores(self, live: LiveTrial) -> None:
-        """Pass new scores on, to the study, the state file and the log."""
-        if live.state.ended is not None:
-            return
-        live.scores = self._reader.read(live.layout, live.params.max_train_epochs)
-        known = set(live.state.curve)
-        new = [point for point in live.scores.curve if point not in known]
-        for point in new:
-            self._study.report(live.state.optuna_number, point.epoch, point.value)
-            score: dict[str, Any] = {self._objective: point.value}
-            log_change(_log, "checkpoint scored", trial=live.number, epoch=point.epoch, **score)
-            reach("optimizer.reported")
-        if new:
-            live.write_state(curve=live.scores.curve)
+    def _prune(self, live: LiveTrial) -> None:
+        """End a training that is losing. Ended first: a crash in between lets it go on to its next score."""
+        reason = self._runner.prune(live)
+        live.write_state(state="pruned", reason=reason, ended=now_local())
+        log_change(_log, "trial pruned", trial=live.number, reason=reason)
+        reach("optimizer.pruned")
 
     def _complete(self, live: LiveTrial) -> None:
         final = live.scores.final
@@ -340,9 +339,13 @@ class OptimizerDaemon:
         """Tell the study what trial_state.json already says; repeating it after a crash is harmless."""
         reach("optimizer.ended")
         drop_training_state(live.layout)
+        if live.state.state == "pruned":
+            live.write_state(imputed_value=self._scores.imputed(live))
         state = live.state
         if state.state == "failed":
             self._study.tell_failed(state.optuna_number, state.reason or "unknown")
+        elif state.state == "pruned":
+            self._study.tell_pruned(state.optuna_number, state.reason or "unknown")
         else:
             assert state.value is not None, "a complete trial has a value"
             infeasible_because = None if state.feasible is not False else state.reason
@@ -400,7 +403,7 @@ class OptimizerDaemon:
         return timeout is not None and self._clock() - self._begin >= timeout
 
     def _evaluator_is_busy(self, live: LiveTrial) -> bool:
-        if live.state.state != "trained":
+        if live.state.state not in ("trained", "pruned"):
             return False
         return (
             not self._scoring.ready

@@ -1,6 +1,7 @@
 """What to do next with a trial: a total function over a frozen view of it. Pure: no files, no clock, no processes.
 
 drawn -> training -> trained (its score is pending) -> complete | failed
+training -> pruned                       its scores say that it is losing; told when its checkpoints are recorded
 training -> interrupted -> training      by an orderly stop and the next start; once when memory ran short beside others
 """
 
@@ -33,6 +34,7 @@ class Action(Enum):
     WATCH = "let it train"
     STOP_HUNG = "end a training that no longer moves"
     STOP_DIVERGED = "end a training whose loss is no number"
+    PRUNE = "end a training that is losing"
     EXCUSE = "record that memory ran short beside others, and let it begin again with the GPU to itself"
     MARK_TRAINED = "record that the training is done"
     EVALUATE = "score its checkpoints"
@@ -59,7 +61,9 @@ class TrialView:
         last_progress: when the training last moved, in seconds of the monotonic clock.
         patience_s: how long it may stand still.
         not_finite_steps: how many steps in a row had a loss that is no number.
+        losing: the pruner objects to its scores so far.
         excused: memory ran short beside others once before.
+        all_recorded: every complete checkpoint has its record.
         scoring: whether the final checkpoint has its score, and every other complete one its record.
         evaluator_busy: somebody scores, or will without us: a living manager, our own command.
     """
@@ -75,7 +79,9 @@ class TrialView:
     last_progress: float = 0.0
     patience_s: float = 600.0
     not_finite_steps: int = 0
+    losing: bool = False
     excused: bool = False
+    all_recorded: bool = True
     scoring: Scoring = "pending"
     evaluator_busy: bool = False
 
@@ -88,12 +94,18 @@ def next_action(view: TrialView, now: float) -> Action:
         now: seconds of the monotonic clock.
     """
     if view.state in TERMINAL_STATES:
-        return Action.NOTHING if view.told else Action.TELL
+        if view.told:
+            return Action.NOTHING
+        if view.state == "pruned" and not view.all_recorded:
+            return Action.WAIT if view.evaluator_busy else Action.EVALUATE
+        return Action.TELL
     if view.state == "trained":
         return _next_of_trained(view)
     if view.trainer_alive:
         if view.not_finite_steps >= MOST_NOT_FINITE:
             return Action.STOP_DIVERGED
+        if view.losing and view.state == "training":
+            return Action.PRUNE
         return Action.STOP_HUNG if now - view.last_progress > view.patience_s else Action.WATCH
     return Action.TRAIN if view.state == "drawn" else _next_of_ended(view)
 

@@ -83,18 +83,18 @@ def _mend(layout: StudyLayout, ended: Ended, space: SearchSpace, *, seed: int, t
         )
         for epoch, value in sorted(ended.curve.items())
     )
-    failed = ended.value is None
+    failed = ended.value is None and not ended.pruned
     state = TrialState(
         trial=params.trial,
         optuna_number=ended.draw.number,
-        state="failed" if failed else "complete",
-        reason=ended.reason or ("unknown" if failed else None),
+        state="pruned" if ended.pruned else "failed" if failed else "complete",
+        reason=ended.reason or (None if ended.value is not None else "unknown"),
         attempt=1,
         drawn=ended.draw.drawn,
         started=ended.draw.drawn,
         ended=ended.ended,
         value=ended.value,
-        feasible=None if failed else ended.reason is None,
+        feasible=None if ended.value is None else ended.reason is None,
         curve=curve,
     )
     write_model(trial.state, state)

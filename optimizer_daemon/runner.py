@@ -61,6 +61,7 @@ class LiveTrial:
         log: its training log.
         process: its trainer, while that lives.
         scores: what the evaluator has recorded so far.
+        objection: why the pruner would stop it; "" where it would not.
         told: what the training said last.
         progress: what is known from that and from what it had said before.
         last_progress: when, in seconds of the monotonic clock.
@@ -75,6 +76,7 @@ class LiveTrial:
     log: TrainingLog
     process: SupervisedProcess | None = None
     scores: TrialScores = field(default_factory=TrialScores)
+    objection: str = ""
     told: Progress | None = None
     progress: Progress | None = None
     last_progress: float = 0.0
@@ -206,6 +208,13 @@ class Runner:
             why += f"; even SIGKILL did not end {', '.join(map(str, report.survivors))}, restart the machine"
         return self._with_last_lines(live, why)
 
+    def prune(self, live: LiveTrial) -> str:
+        """End a training that is losing; say why."""
+        report = self.stop(live, term_timeout_s=LOST_TERM_TIMEOUT_S, kill_timeout_s=LOST_KILL_TIMEOUT_S)
+        if report is not None and report.survivors:
+            return f"{live.objection}; even SIGKILL did not end {', '.join(map(str, report.survivors))}"
+        return live.objection
+
     def excuse(self, live: LiveTrial) -> None:
         """Write down that memory ran short beside others, so that the training begins again without being blamed."""
         record = _exit_record(live.layout)
@@ -251,7 +260,9 @@ class Runner:
             last_progress=live.last_progress,
             patience_s=_patience_s(live),
             not_finite_steps=_not_finite_steps(live),
+            losing=bool(live.objection),
             excused=bool(live.state.ran_short_of),
+            all_recorded=live.scores.recorded == live.scores.seen,
             scoring=live.scores.scoring,
             evaluator_busy=evaluator_busy,
         )

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, PrivateAttr
 
 from optimizer_daemon.search.load import preset_names as search_spaces
+from optimizer_daemon.search.pruning import PrunerName
 from shared.gpu_lease import GpuPolicy
 from shared.scoring_presets import preset_names as scorings
 from shared.settings import DaemonSettings, load_settings, read_trainer_options
@@ -67,6 +68,12 @@ class OptimizerSettings(DaemonSettings):
         min_length=1,
         description="how parameters are drawn: tpe, gp, auto (gp and tpe in turns), cmaes, nsga2, random",
     )
+    pruner: PrunerName = Field(
+        "median",
+        description="which running trainings are stopped by their scores: what is worse than the median of its peers, "
+        "than three quarters of them (percentile), or none",
+    )
+    pruner_warmup_epochs: int = Field(4, ge=1, description="no training is stopped before this epoch")
     metrics: str | None = Field(
         None,
         description="what is measured, names with commas between, see evaluator-daemon metrics (default: pixels, "

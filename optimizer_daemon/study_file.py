@@ -36,7 +36,17 @@ WORKLOAD = "sd-lora"
 CAPTION_EXTENSION = ".caption"  # sd-scripts' default
 MOST_PROMPTS = 8
 
-_FREE = {"n_trials", "max_epochs", "timeout", "device", "gpu_policy", "sd_scripts_dir", "trainer_python"}
+_FREE = {
+    "n_trials",
+    "max_epochs",
+    "timeout",
+    "device",
+    "gpu_policy",
+    "pruner",
+    "pruner_warmup_epochs",
+    "sd_scripts_dir",
+    "trainer_python",
+}
 """Settings that may differ from one start to the next; with any other changed, scores could not be compared."""
 
 _LIBRARIES = ("lora-tuner", "torch", "diffusers", "transformers", "peft", "optuna")

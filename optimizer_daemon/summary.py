@@ -86,8 +86,8 @@ def progress_fields(live: LiveTrial) -> dict[str, Any]:
 
 
 def seconds_left(trials: AllTrials, left: int) -> float:
-    """Estimate from the complete trials how long `left` others take; they run one after the other."""
-    took = [seconds(trial.started, trial.ended) for trial in trials.trials if trial.state == "complete"]
+    """Estimate from the finished trials how long `left` others take; they run one after the other."""
+    took = [seconds(trial.started, trial.ended) for trial in trials.trials if trial.state in ("complete", "pruned")]
     return max(0, left) * sum(took) / len(took) if took else 0.0
 
 

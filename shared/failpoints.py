@@ -43,6 +43,7 @@ PLACES = MappingProxyType(
         "optimizer.remains_moved": "the remains of an attempt are partly set aside",
         "optimizer.reported": "an intermediate score is in the study; trial_state.json lacks it",
         "optimizer.published": "evaluation/ is written; trial_state.json still says trained",
+        "optimizer.pruned": "a losing training is ended and trial_state.json says pruned; nothing else is done",
         "optimizer.ended": "trial_state.json says how the trial ended; the study has not been told",
         "optimizer.told": "the study knows the trial's end; results/ is not refreshed",
         "manager.evaluator_started": "an evaluator process is started; the manager has not written its state",

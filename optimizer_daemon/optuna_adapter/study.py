@@ -19,8 +19,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
+from optimizer_daemon.optuna_adapter.history import is_infeasible
 from optimizer_daemon.optuna_adapter.models import SAMPLERS
-from optimizer_daemon.optuna_adapter.sampler import DRAW, FeasibleSampler
+from optimizer_daemon.optuna_adapter.sampler import DRAW, FeasibleSampler, curve_of
+from optimizer_daemon.search.curves import Curve
 from optimizer_daemon.search.expressions import Value
 from optimizer_daemon.search.space import SearchSpace
 from shared.errors import LabError, ResourceError, SettingsError, StudyMismatchError
@@ -65,13 +67,15 @@ class Ended:
     Args:
         draw: what it was.
         value: its objective; None when it has none.
-        reason: why it failed, or why it must not win.
+        pruned: it was stopped because it was losing.
+        reason: why it failed or was stopped, or why it must not win.
         curve: the objective by epoch.
         ended: when it was told.
     """
 
     draw: Draw
     value: float | None
+    pruned: bool
     reason: str | None
     curve: dict[int, float]
     ended: datetime
@@ -173,11 +177,12 @@ class TuningStudy:
     @_with_remedy
     def ended(self) -> list[Ended]:
         """Return the trials that were told, by number."""
-        told = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL))
+        told = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
         return [
             Ended(
                 _draw_of(trial.number, trial.user_attrs, trial.datetime_start),
                 trial.value if trial.state is TrialState.COMPLETE else None,
+                trial.state is TrialState.PRUNED,
                 trial.user_attrs.get(_REASON),
                 dict(trial.intermediate_values),
                 trial.datetime_complete.astimezone(),
@@ -241,6 +246,21 @@ class TuningStudy:
             return
         self._trial(number).set_user_attr(_REASON, reason)
         self._study.tell(number, state=TrialState.FAIL)
+
+    @_with_remedy
+    def tell_pruned(self, number: int, reason: str) -> None:
+        """Finish a trial that was stopped as losing; what it reached is its curve. Harmless when repeated."""
+        if self._frozen(number).state.is_finished():
+            return
+        self._trial(number).set_user_attr(_REASON, reason)
+        self._study.tell(number, state=TrialState.PRUNED)
+
+    @_with_remedy
+    def peers(self) -> list[Curve]:
+        """Return the curves that a running trial is compared with: of measured trials that passed their gate, and of
+        stopped ones."""
+        told = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+        return [curve for trial in told if not is_infeasible(trial) and (curve := curve_of(trial)) is not None]
 
     def _completed(self, trial: Trial) -> Draw:
         """Finish what a crash may have cut short at any point: the stored draw, then each parameter."""

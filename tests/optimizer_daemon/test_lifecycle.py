@@ -37,6 +37,9 @@ TABLE = [
      replace(TRAINING, trainer_alive=True, not_finite_steps=MOST_NOT_FINITE), Action.STOP_DIVERGED),
     ("one step less may be an overflow that fp16 leaves out",
      replace(TRAINING, trainer_alive=True, not_finite_steps=MOST_NOT_FINITE - 1), Action.WATCH),
+    ("one that is losing is ended", replace(TRAINING, trainer_alive=True, losing=True), Action.PRUNE),
+    ("a training that ended is trained, losing or not",
+     replace(TRAINING, ending="finished", final_complete=True, losing=True), Action.MARK_TRAINED),
     ("a finished training with its final checkpoint is trained",
      replace(TRAINING, ending="finished", final_complete=True), Action.MARK_TRAINED),
     ("a finished training without one has failed", replace(TRAINING, ending="finished"), Action.FAIL),
@@ -74,6 +77,8 @@ TABLE = [
     ("a complete trial that the study has not heard of is told", TrialView("complete"), Action.TELL),
     ("a failed one, too", TrialView("failed"), Action.TELL),
     ("a pruned one, too", TrialView("pruned"), Action.TELL),
+    ("but first its last checkpoints are scored", TrialView("pruned", all_recorded=False), Action.EVALUATE),
+    ("by whoever lives", TrialView("pruned", all_recorded=False, evaluator_busy=True), Action.WAIT),
     ("a told trial is over", TrialView("complete", told=True), Action.NOTHING),
 ]  # fmt: skip
 
@@ -92,10 +97,12 @@ def test_every_view_has_an_action_and_a_living_trainer_is_never_joined_by_anothe
     flags = itertools.product(
         states, (False, True), (1, MOST_ATTEMPTS), (0, MOST_RESUMES), (False, True),
         ("finished", "stopped", "squeezed", "failed", "unknown"), (False, True), (False, True), (0.0, NOW),
-        (0, MOST_NOT_FINITE), (False, True), ("pending", "scored", "unscorable"), (False, True),
+        (0, MOST_NOT_FINITE), (False, True), (False, True), (False, True),
+        ("pending", "scored", "unscorable"), (False, True),
     )  # fmt: skip
     names = ("state", "told", "attempt", "resumes", "trainer_alive", "ending", "resumable", "final_complete",
-             "last_progress", "not_finite_steps", "excused", "scoring", "evaluator_busy")  # fmt: skip
+             "last_progress", "not_finite_steps", "losing", "all_recorded", "excused", "scoring",
+             "evaluator_busy")  # fmt: skip
     for values in flags:
         view = TrialView(**dict(zip(names, values, strict=True)))
         action = next_action(view, NOW)
@@ -103,7 +110,8 @@ def test_every_view_has_an_action_and_a_living_trainer_is_never_joined_by_anothe
         if view.trainer_alive:
             assert action not in (Action.TRAIN, Action.RESUME, Action.REDO)
         if view.state in TERMINAL_STATES:
-            assert action in (Action.TELL, Action.NOTHING)
+            waits = view.state == "pruned" and not view.all_recorded
+            assert action in (Action.TELL, Action.NOTHING, *((Action.EVALUATE, Action.WAIT) if waits else ()))
         if view.excused or view.state == "interrupted":
             assert action is not Action.EXCUSE
 

@@ -20,7 +20,8 @@ from tests.scenarios.lab import wait_until
 from tests.scenarios.quick_lab import NEVER, PATIENCE_S, SCRIPTS, QuickLab
 
 REDO = "optimizer.remains_moved"
-IN_TURN = [place for place in PLACES if place.startswith("optimizer.") and place != REDO]
+PRUNED = "optimizer.pruned"  # in test_pruning.py
+IN_TURN = [place for place in PLACES if place.startswith("optimizer.") and place not in (REDO, PRUNED)]
 
 
 @pytest.fixture

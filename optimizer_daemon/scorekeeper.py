@@ -1,0 +1,61 @@
+"""Passes new scores on: to the study, the trial's state file, the log, and to the pruner, which may object."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from optimizer_daemon.optuna_adapter.study import TuningStudy
+from optimizer_daemon.runner import LiveTrial
+from optimizer_daemon.scores import ScoreReader
+from optimizer_daemon.search.curves import Curve, imputed
+from optimizer_daemon.search.pruning import Pruner
+from shared.failpoints import reach
+from shared.logs import log_change
+
+_log = logging.getLogger(__name__)
+
+
+class ScoreKeeper:
+    """Keeps the scores of one study.
+
+    Args:
+        study: is told each score.
+        reader: finds them.
+        pruner: says which training is losing.
+        objective: name of the score, for the log.
+    """
+
+    def __init__(self, study: TuningStudy, reader: ScoreReader, pruner: Pruner, objective: str) -> None:
+        self._study = study
+        self._reader = reader
+        self._pruner = pruner
+        self._objective = objective
+
+    def look(self, live: LiveTrial) -> None:
+        """Read what the evaluator has recorded of a trial since the last look."""
+        if live.state.ended is not None and live.state.state != "pruned":
+            return
+        live.scores = self._reader.read(live.layout, live.params.max_train_epochs)
+        known = set(live.state.curve)
+        new = [point for point in live.scores.curve if point not in known]
+        for point in new:
+            self._study.report(live.state.optuna_number, point.epoch, point.value)
+            score: dict[str, Any] = {self._objective: point.value}
+            log_change(_log, "checkpoint scored", trial=live.number, epoch=point.epoch, **score)
+            reach("optimizer.reported")
+        if new:
+            live.write_state(curve=live.scores.curve)
+            curve = _curve(live)
+            if live.state.state == "training" and self._pruner.name != "none" and curve is not None:
+                live.objection = self._pruner.objection(curve, self._study.peers()) or ""
+
+    def imputed(self, live: LiveTrial) -> float | None:
+        """Return what a stopped trial would probably have reached; None where that cannot be told."""
+        curve = _curve(live)
+        return None if curve is None else imputed(curve, self._study.peers())
+
+
+def _curve(live: LiveTrial) -> Curve | None:
+    epochs = live.params.max_train_epochs
+    return None if epochs is None else Curve.of(epochs, {point.epoch: point.value for point in live.state.curve})
