@@ -21,6 +21,7 @@ from optimizer_daemon.trainers.kohya_config import (
 )
 from optimizer_daemon.trainers.kohya_data import dataset_path, make_dataset, remove_broken_latents
 from optimizer_daemon.trainers.kohya_state import newest_state
+from shared.clip_tokenizers import kohya_tokenizer_folder
 from shared.devices import resolve_device
 from shared.errors import DiskError, SettingsError, UserError
 from shared.layout import StudyLayout, TrialLayout
@@ -73,8 +74,9 @@ class KohyaTrainer:
         return 1 if _family(given) == "sdxl" else _clip_skip(given.trainer)
 
     def prepare(self, run: Run, study: StudyLayout) -> None:
-        """Link the data set, and copy the optimizers of this program to where kohya's Python finds them."""
+        """Link the data set, and put tokenizers and the optimizers of this program where kohya finds them."""
         make_dataset(run, study)
+        kohya_tokenizer_folder(_tokenizers(study))
         if _TORCH_OPTIMIZERS.is_dir():
             publish_optimizers(_TORCH_OPTIMIZERS, _optimizers(study))
 
@@ -157,7 +159,7 @@ def _settings_of_input(given: TrainerInput, family: str) -> StudySettings:
         family=family,
         base_model=str(given.base_model.absolute()),
         dataset_config=str(given.dataset_config.absolute()),
-        tokenizers=None,
+        tokenizers="/tokenizers",
         half=resolve_device(given.device).startswith("cuda"),
         clip_skip=_clip_skip(given.trainer),
         save_every_n_epochs=1,
@@ -177,7 +179,7 @@ def _settings_of_run(run: Run, study: StudyLayout) -> StudySettings:
         family=run.trainer.family,
         base_model=str(run.base_model),
         dataset_config=str(dataset_path(run, study)),
-        tokenizers=None,
+        tokenizers=str(_tokenizers(study)),
         half=device != "cpu" and (rendered_in_half or device.startswith("cuda")),
         clip_skip=run.plan.clip_skip if run.plan is not None else _clip_skip(run.trainer),
         save_every_n_epochs=every if isinstance(every, int) else 2,
@@ -224,6 +226,10 @@ def _python_path(trainer: Trainer) -> list[str]:
             "absolute or beginning with ./"
         )
     return folders
+
+
+def _tokenizers(study: StudyLayout) -> Path:
+    return study.trainer_cache / "tokenizers"
 
 
 def _optimizers(study: StudyLayout) -> Path:

@@ -72,7 +72,7 @@ class StudySettings:
         family: a key of SCRIPTS.
         base_model: a single file or a diffusers folder, absolute.
         dataset_config: what kohya reads the data set from, absolute.
-        tokenizers: folder for tokenizer_cache_dir; None leaves that to kohya.
+        tokenizers: folder for tokenizer_cache_dir; without one kohya would look for them in the network.
         half: trains in 16 bits; a CPU cannot.
         clip_skip: layer of the text encoder, counted from the end.
         save_every_n_epochs: 1 or more.
@@ -83,7 +83,7 @@ class StudySettings:
     family: str
     base_model: str
     dataset_config: str
-    tokenizers: str | None
+    tokenizers: str
     half: bool
     clip_skip: int
     save_every_n_epochs: int
@@ -170,11 +170,10 @@ def _defaults(study: StudySettings) -> dict[str, Any]:
         "cache_latents": True,
         "cache_latents_to_disk": True,
         "max_data_loader_n_workers": 8,
+        "tokenizer_cache_dir": study.tokenizers,
         # Without one kohya shuffles anew for the validation set, and some pictures are in both sets.
         "validation_seed": study.seed,
     }
-    if study.tokenizers is not None:
-        defaults["tokenizer_cache_dir"] = study.tokenizers
     if study.options.get("cache_latents") is False:
         defaults["cache_latents_to_disk"] = False  # kohya would cache after all
     if study.family == "sdxl":

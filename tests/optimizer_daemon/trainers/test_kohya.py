@@ -87,6 +87,7 @@ sdpa = true
 cache_latents = true
 cache_latents_to_disk = true
 max_data_loader_n_workers = 8
+tokenizer_cache_dir = "/study/trainer_cache/tokenizers"
 validation_seed = 42
 clip_skip = 2
 learning_rate = 8.7e-05
