@@ -49,7 +49,11 @@ class Learner:
         self._unet = load_unet(base, hardware)
         encoders = load_text_encoders(base, hardware)
         self._text = TextConditioning(
-            load_tokenizers(base), encoders, config.clip_skip, trained=config.trains_text_encoder
+            load_tokenizers(base),
+            encoders,
+            config.clip_skip,
+            max_token_length=config.max_token_length,
+            trained=config.trains_text_encoder,
         )
         self._objective = Objective(
             config,

@@ -17,6 +17,9 @@ class ObjectiveSettings(StrictSettings):
     """Noise, target, loss and its weights."""
 
     clip_skip: int | None = Field(None, ge=1, description="text encoder layer counted from the end; 1 is the last")
+    max_token_length: Literal[150, 225] | None = Field(
+        None, description="tokens of a caption that count, 150 or 225; 75, what CLIP reads at once, if unset"
+    )
     v_parameterization: bool | None = Field(None, description="predict the velocity; as the base model says if unset")
     zero_terminal_snr: bool = Field(
         False, description="rescale the noise schedule so that the last timestep is pure noise; for velocity prediction"

@@ -21,7 +21,6 @@ from optimizer_daemon.lora_training.dataset import Draw, load_data
 from optimizer_daemon.lora_training.latents import load_latents
 from optimizer_daemon.lora_training.learner import Learner
 from optimizer_daemon.lora_training.models import Hardware
-from optimizer_daemon.lora_training.size_conditions import time_ids
 from shared.planning import make_plan
 from shared.safetensors_file import Family, lora_modules, read_checkpoint
 from tests.evaluator_daemon.tiny_models import PROMPTS, save_sdxl_model
@@ -181,22 +180,3 @@ def test_the_loss_is_that_of_diffusers_own_text_and_size_conditions(trained, pip
     # height, width, top, left, height, width; by hand: 16 x 24 fits 16 x 16 as 10.67 x 16, 2 left of it, 3.3 right
     assert loss.item() == pytest.approx(expected([[64, 64, 0, 0, 16, 16], [24, 16, 0, 3, 16, 16]]).item(), rel=1e-5)
     assert loss.item() != pytest.approx(expected([[64, 64, 0, 0, 16, 16], [24, 16, 0, 2, 16, 16]]).item(), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("original", "bucket", "crop", "mirrored_left"),
-    [
-        ((512, 512), (512, 512), (0, 0), 0),
-        ((600, 400), (576, 384), (0, 0), 0),
-        ((1000, 563), (640, 384), (11, 0), 0),
-        ((333, 500), (384, 576), (0, 0), 0),
-        ((1024, 1024), (832, 1216), (192, 0), 0),
-        ((641, 480), (1152, 896), (16, 0), 0),
-        ((100, 1000), (256, 1024), (0, 76), 77),
-    ],
-)
-def test_sizes_and_crops_are_those_of_sd_scripts(original, bucket, crop, mirrored_left):
-    """What BucketManager.get_crop_ltrb of sd-scripts 48d368f gave, cut to whole pixels."""
-    (width, height), (bucket_width, bucket_height) = original, bucket
-    assert time_ids(original, bucket, flipped=False) == (height, width, *crop, bucket_height, bucket_width)
-    assert time_ids(original, bucket, flipped=True)[2:4] == (crop[0], mirrored_left)
