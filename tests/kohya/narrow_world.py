@@ -39,10 +39,10 @@ class NarrowWorld:
     def single_file(self, file: Path) -> Path:
         """Write the base model as one file; return it."""
         program = Path(__file__).with_name("narrow_single_file.py")
-        self._run([str(program), str(self.base), str(file)]).check_returncode()
+        self.run([str(program), str(self.base), str(file)]).check_returncode()
         return file
 
-    def train(self, output_dir: Path, **changes: Any) -> subprocess.CompletedProcess[str]:
+    def train(self, output_dir: Path, **changes: Any) -> subprocess.CompletedProcess[bytes]:
         """Run train_network.py to its end; four epochs of two steps, saved every second epoch, unless told otherwise.
 
         Raises:
@@ -53,43 +53,61 @@ class NarrowWorld:
         values = {**self.settings(output_dir), **changes}
         lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]  # TOML writes these as JSON does
         config.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        done = self._run(["train_network.py", "--config_file", str(config)])
+        done = self.run(["train_network.py", "--config_file", str(config)])
         done.check_returncode()
         return done
 
     def settings(self, output_dir: Path) -> dict[str, Any]:
         """Return the settings of `train`, under kohya's names."""
-        return {
-            "pretrained_model_name_or_path": str(self.base),
-            "tokenizer_cache_dir": str(self.tokenizers),
-            "dataset_config": str(self.dataset),
-            "output_dir": str(output_dir),
-            "output_name": "lora_trial_1",
-            "network_module": "networks.lora",
-            "network_dim": 4,
-            "network_alpha": 2.0,
-            "learning_rate": 1e-3,
-            "unet_lr": 1e-3,
-            "text_encoder_lr": 1e-4,
-            "optimizer_type": "AdamW",
-            "lr_scheduler": "cosine",
-            "max_train_epochs": 4,
-            "save_every_n_epochs": 2,
-            "save_model_as": "safetensors",
-            "save_precision": "fp16",
-            "mixed_precision": "no",
-            "seed": 42,
-            "cache_latents": True,
-            "max_data_loader_n_workers": 0,
-        }
+        return {**training_settings(self.base, self.dataset, output_dir), "tokenizer_cache_dir": str(self.tokenizers)}
 
-    def _run(self, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    def run(self, arguments: list[str]) -> subprocess.CompletedProcess[bytes]:
+        """Run Python in the checkout, with the environment that a trainer gives it."""
         env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # ours would hide its pins
         env |= _QUIET | {"PYTHONPATH": str(self.checkout)}
         command = [self.python, *arguments]
-        return subprocess.run(
-            command, cwd=self.checkout, env=env, capture_output=True, text=True, timeout=240, check=False
-        )
+        return subprocess.run(command, cwd=self.checkout, env=env, capture_output=True, timeout=240, check=False)
+
+
+def training_settings(base: Path, dataset: Path, output_dir: Path) -> dict[str, Any]:
+    """Return a training of four epochs, saved every second."""
+    return {
+        "pretrained_model_name_or_path": str(base),
+        "dataset_config": str(dataset),
+        "output_dir": str(output_dir),
+        "output_name": "lora_trial_1",
+        "network_module": "networks.lora",
+        "network_dim": 4,
+        "network_alpha": 2.0,
+        "learning_rate": 1e-3,
+        "unet_lr": 1e-3,
+        "text_encoder_lr": 1e-4,
+        "optimizer_type": "AdamW",
+        "lr_scheduler": "cosine",
+        "max_train_epochs": 4,
+        "save_every_n_epochs": 2,
+        "save_model_as": "safetensors",
+        "save_precision": "fp16",
+        "mixed_precision": "no",
+        "clip_skip": 2,
+        "min_snr_gamma": 5.0,
+        "noise_offset": 0.05,
+        "seed": 42,
+        "cache_latents": True,
+        "max_data_loader_n_workers": 0,
+    }
+
+
+def write_pictures(root: Path) -> Path:
+    """Write three pictures of 64 px with captions, in batches of two; return their dataset TOML."""
+    images = write_images(root / "images", CAPTIONS)
+    dataset = root / "dataset.toml"
+    dataset.write_text(
+        "[general]\ncaption_extension = '.txt'\n\n[[datasets]]\nresolution = 64\nbatch_size = 2\n\n"
+        # Absolute: sd-scripts counts a relative one from wherever it is started.
+        f"  [[datasets.subsets]]\n  image_dir = '{images}'\n"
+    )
+    return dataset
 
 
 def make_world(root: Path, sd_scripts: Path, python: str) -> NarrowWorld:
@@ -100,17 +118,10 @@ def make_world(root: Path, sd_scripts: Path, python: str) -> NarrowWorld:
         sd_scripts: the real checkout.
         python: its Python.
     """
-    images = write_images(root / "images", CAPTIONS)
-    dataset = root / "dataset.toml"
-    dataset.write_text(
-        "[general]\ncaption_extension = '.txt'\n\n[[datasets]]\nresolution = 64\nbatch_size = 2\n\n"
-        # Absolute: sd-scripts counts a relative one from wherever it is started.
-        f"  [[datasets.subsets]]\n  image_dir = '{images}'\n"
-    )
     return NarrowWorld(
         python,
         make_checkout(sd_scripts, root / "sd-scripts"),
         save_narrow_model(root / "narrow_base"),
         kohya_tokenizer_folder(root / "tokenizers"),
-        dataset,
+        write_pictures(root),
     )

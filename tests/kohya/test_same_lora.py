@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -24,9 +23,8 @@ NAMES = ("lora_trial_1-000002.safetensors", "lora_trial_1.safetensors")
 def both(world: NarrowWorld, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two folders of checkpoints: sd-scripts' and ours."""
     theirs, ours = tmp_path_factory.mktemp("theirs"), tmp_path_factory.mktemp("ours")
-    changes: dict[str, Any] = {"clip_skip": 2, "min_snr_gamma": 5.0, "noise_offset": 0.05}
-    world.train(theirs, **changes)
-    train_native(world.settings(ours) | changes, ours)
+    world.train(theirs)
+    train_native(world.settings(ours), ours)
     return theirs, ours
 
 
