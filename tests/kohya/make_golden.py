@@ -45,7 +45,7 @@ def main() -> int:
 
 
 def make_golden(world: NarrowWorld, root: Path, into: Path) -> None:
-    """Train plainly, with every bar, from the state of epoch 2, and to a loss that is no number; write what that left."""
+    """Train plainly, with every bar, from a state, and to a loss that is no number; write what each of them left."""
     world.train(root / "plain")
     _write_header(into / "lora.json", root / f"plain/{NAME}.safetensors")
 
