@@ -1,10 +1,10 @@
 """A process that has imported what a trainer needs, and starts trainers as copies of itself.
 
-    python -m shared.preload --socket-fd 5 --parent 1234 optimizer_daemon.lora_training.train
+    python -m shared.preload --socket-fd 5 --parent 1234 --import optimizer_daemon.lora_training.train
 
 Each request forks a supervisor that is all that `python -m shared.supervise` is, and whose command, `python -m MODULE
-...`, runs in a fork of its own: neither imports anything again, and all share the memory of what is imported. Nothing
-here starts a thread or touches a GPU, for neither survives a fork.
+...`, runs in a fork of its own: neither loads anything again, and all share the memory of what is loaded. Nothing here
+may keep a thread or touch a GPU, for neither survives a fork.
 
 This process keeps no state. It ends with the daemon that started it; what it has forked leads its own session and lives
 on. shared.preloaded is the daemon's side.
@@ -23,6 +23,7 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from shared import supervise
 from shared.process import die_with_parent
@@ -37,15 +38,15 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m shared.preload", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--socket-fd", type=int, required=True, help="one end of the daemon's socket pair")
     parser.add_argument("--parent", type=int, required=True, help="the daemon's pid")
-    parser.add_argument("modules", nargs="+", help="what to import")
+    parser.add_argument("--import", dest="modules", nargs="+", required=True, help="modules")
+    parser.add_argument("--call", nargs=2, metavar=("MODULE:NAME", "ARGUMENT"), help="a function to call after that")
     options = parser.parse_args(arguments)
     requests = socket.socket(fileno=options.socket_fd)
     if not die_with_parent(options.parent):
         return 0
     try:
-        for module in options.modules:
-            importlib.import_module(module)
-    except Exception as error:  # noqa: BLE001  any library may fail in any way; the trainings themselves show it in full
+        _prepare(options.modules, options.call)
+    except Exception as error:  # noqa: BLE001  any library may fail in any way; a training shows it in full
         requests.send(f"{type(error).__name__}: {error}".encode()[:MOST_BYTES])
         return 1
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a supervisor; its exit file says all
@@ -59,6 +60,17 @@ def main(arguments: Sequence[str]) -> int:
     status = supervise.main(words, _fork)
     sys.stderr.flush()
     os._exit(status)  # to take apart all that was imported would keep the lock for half a second more
+
+
+def _prepare(modules: Sequence[str], call: Sequence[str] | None) -> None:
+    for module in modules:
+        importlib.import_module(module)
+    if call:
+        target, argument = call
+        module, _, name = target.partition(":")
+        getattr(importlib.import_module(module), name)(argument)
+    if (threads := len(list(Path("/proc/self/task").iterdir()))) > 1:
+        raise RuntimeError(f"{threads} threads live, of which a fork would have one")
 
 
 def _serve(requests: socket.socket) -> list[str] | None:

@@ -17,7 +17,7 @@ from shared.logs import log_change
 from shared.preload import MOST_BYTES, READY
 from shared.process import child_environment, spawn
 
-IMPORT_PATIENCE_S = 120.0  # seconds on a busy machine with a cold disk
+PATIENCE_S = 300.0  # on a busy machine with a cold disk
 _FORK_PATIENCE_S = 10.0  # milliseconds, but for a machine out of memory
 
 _log = logging.getLogger(__name__)
@@ -28,14 +28,17 @@ class Preload:
     """What trainings of one kind have in common, to be done once for all of them.
 
     Args:
-        modules: what they import; importing them starts no thread and touches no GPU.
+        modules: what they import.
         env: variables that libraries read when they are imported, on top of the daemon's own.
         cwd: where the trainings run.
+        call: a function "module:name" and its argument, called when all is imported. Neither it nor an import may leave
+            a thread or touch a GPU.
     """
 
     modules: tuple[str, ...]
     env: Mapping[str, str]
     cwd: Path
+    call: tuple[str, str] | None = None
 
 
 class Preloaded:
@@ -55,7 +58,7 @@ class Preloaded:
         self._begin = 0.0
 
     def settled(self) -> bool:
-        """Start it when it does not run; return False while it imports, for a training started now would do so, too."""
+        """Start it when it does not run; return False while it prepares, as any training now would have to."""
         if self._given_up or (self._ready and self._lives):
             return True
         if self._ready:
@@ -68,12 +71,10 @@ class Preloaded:
             self._ready = True
             log_change(_log, "trainer preloaded", took=f"{self._clock() - self._begin:.1f}s")
             return True
-        if said is None and self._lives and self._clock() - self._begin < IMPORT_PATIENCE_S:
+        if said is None and self._lives and self._clock() - self._begin < PATIENCE_S:
             return False
         reason = said.decode(errors="replace") if said else "it ended" if said == b"" else "it takes too long"
-        log_change(
-            _log, "trainer not preloaded; each training imports for itself", level=logging.WARNING, reason=reason
-        )
+        log_change(_log, "trainer not preloaded; each training loads for itself", level=logging.WARNING, reason=reason)
         self.close()
         self._given_up = True
         return True
@@ -125,9 +126,11 @@ class Preloaded:
         # `shared` must be importable even when we run from a source tree
         places = (str(Path(__file__).parents[1]), variables.get("PYTHONPATH", ""))
         options = ["--socket-fd", str(theirs.fileno()), "--parent", str(os.getpid())]
+        if self._preload.call is not None:
+            options += ["--call", *self._preload.call]
         with theirs:
             self._process = spawn(
-                [sys.executable, "-m", "shared.preload", *options, *self._preload.modules],
+                [sys.executable, "-m", "shared.preload", *options, "--import", *self._preload.modules],
                 cwd=self._preload.cwd,
                 env=variables | {"PYTHONPATH": os.pathsep.join(filter(None, places))},
                 stdout=subprocess.DEVNULL,

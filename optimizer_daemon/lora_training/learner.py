@@ -16,12 +16,11 @@ from optimizer_daemon.lora_training.lora import LoraNetwork
 from optimizer_daemon.lora_training.models import (
     Hardware,
     load_noise_scheduler,
-    load_text_encoders,
     load_tokenizers,
-    load_unet,
 )
 from optimizer_daemon.lora_training.objective import Objective
 from optimizer_daemon.lora_training.optimizers import create_optimizer
+from optimizer_daemon.lora_training.resident import frozen_networks
 from optimizer_daemon.lora_training.schedulers import create_lr_scheduler
 from optimizer_daemon.lora_training.size_conditions import time_ids
 from optimizer_daemon.lora_training.state import Position, Randomness, TrainingState
@@ -46,8 +45,8 @@ class Learner:
         self.predicts_velocity = config.predicts_velocity(base.predicts_velocity)
         self._config = config
         self._latents = latents
-        self._unet = load_unet(base, hardware)
-        encoders = load_text_encoders(base, hardware)
+        unet, encoders = frozen_networks(base, hardware)
+        self._unet: Any = unet
         self._text = TextConditioning(
             load_tokenizers(base),
             encoders,

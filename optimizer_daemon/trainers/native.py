@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -111,12 +111,10 @@ class NativeTrainer:
         )
 
     def preload(self, run: Run) -> Preload | None:
-        """Return the training's imports, which take longer than all else before its first step."""
-        if run.trainer.python is not None:
+        """Return the imports and the frozen networks, which take longer than all else before the first step."""
+        if run.trainer.python is not None or run.base_model is None:
             return None
-        # The driver must not be touched before the fork, not even to count GPUs.
-        env = {**_environment(run), "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-        return Preload(("optimizer_daemon.lora_training.train",), env, _SOURCE_ROOT)
+        return preload_of(Path(run.base_model).absolute(), _environment(run))
 
     def resume_point(self, trial: TrialLayout) -> ResumePoint | None:
         """Return the state, which is one file and whole or absent."""
@@ -132,6 +130,15 @@ class NativeTrainer:
 
 
 TRAINER = NativeTrainer()
+
+
+def preload_of(base_model: Path, env: Mapping[str, str]) -> Preload:
+    """Return what trainings on a base model have in common; `env` is theirs."""
+    # Threads would not survive the fork, so a training sets its own number. Nor may the driver be touched before it,
+    # not even to count GPUs.
+    env = {**env, "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    call = ("optimizer_daemon.lora_training.resident:keep_networks", str(base_model))
+    return Preload(("optimizer_daemon.lora_training.train",), env, _SOURCE_ROOT, call)
 
 
 def _environment(run: Run) -> dict[str, str]:

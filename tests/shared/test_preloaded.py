@@ -116,6 +116,17 @@ def test_two_trainings_import_once_and_run_as_a_program_would(trainings, tmp_pat
     assert trainings.server_pid != record.pid, "imported by the server alone"
 
 
+def test_what_is_loaded_by_the_call_is_there_in_every_training(tmp_path):
+    trainings = Trainings(
+        tmp_path, HEAVY + "kept = []\ndef load(argument):\n    kept.append((argument, os.getpid()))\n"
+    )
+    trainings.server = Preloaded(Preload(("heavy",), {}, tmp_path, ("heavy:load", "the model")))
+    for number in (1, 2):
+        _, log = trainings.ended("import heavy; print(*heavy.kept[0])", number=number)
+        assert log == f"the model {trainings.server_pid}\n"
+    trainings.server.close()
+
+
 def test_sigterm_reaches_the_training_which_saves_and_ends_with_143(trainings):
     trainer = trainings.start("""
         import signal, sys, time
@@ -193,6 +204,11 @@ def test_a_server_that_stands_still_is_ended_and_done_without(trainings, monkeyp
     [
         pytest.param("import no_such_library", "No module named 'no_such_library'", id="a library is missing"),
         pytest.param("import os; os._exit(9)", "it ended", id="the process ends"),
+        pytest.param(
+            "import threading, time; threading.Thread(target=time.sleep, args=(60,), daemon=True).start()",
+            "RuntimeError: 2 threads live, of which a fork would have one",
+            id="an import leaves a thread",
+        ),
     ],
 )
 def test_what_cannot_be_imported_is_said_once_and_done_without(tmp_path, caplog, heavy, reason):
@@ -200,12 +216,12 @@ def test_what_cannot_be_imported_is_said_once_and_done_without(tmp_path, caplog,
     for number in (1, 2):
         assert trainings.ended("print('trained')", number=number)[1] == "trained\n"
     (said,) = [record for record in caplog.records if record.name == "shared.preloaded"]
-    assert said.message == "trainer not preloaded; each training imports for itself"
+    assert said.message == "trainer not preloaded; each training loads for itself"
     assert reason in said.fields["reason"]
 
 
 def test_nobody_waits_for_ever_for_the_imports(tmp_path):
-    seconds = iter([0.0, 1.0, 119.0, 121.0])
+    seconds = iter([0.0, 1.0, 299.0, 301.0])
     (tmp_path / "heavy.py").write_text("import time; time.sleep(60)")
     server = Preloaded(Preload(("heavy",), {}, tmp_path), clock=lambda: next(seconds))
     assert [server.settled() for _ in range(3)] == [False, False, True]

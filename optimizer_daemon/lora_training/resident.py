@@ -1,0 +1,71 @@
+"""The base model's frozen networks, loaded once for all trainings that are forked from one process.
+
+Nothing writes to frozen weights, so a fork shares their memory with the process that loaded them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from optimizer_daemon.lora_training.base_model import BaseModel, inspect_base_model
+from optimizer_daemon.lora_training.models import Hardware, load_text_encoders, load_unet
+
+_MOST_OF_MEMORY = 0.5  # of what is available
+
+_Stamp = tuple[tuple[str, int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    base: BaseModel
+    stamp: _Stamp
+    unet: nn.Module
+    encoders: list[nn.Module]
+
+
+_kept: list[_Kept] = []  # at most one
+
+
+def keep_networks(base_model: str) -> None:
+    """Load a base model's UNet and text encoders to keep them, in float32 on the CPU, where memory allows.
+
+    Starts no thread and touches no GPU, so that this process may be forked.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
+    torch.set_num_threads(1)  # OpenMP's threads would be gone in a fork, and waited for
+    base = inspect_base_model(Path(base_model))
+    stamp = _stamp(base)
+    size = 2 * sum(file_size for _, file_size, *_ in stamp)  # in float32; the files are usually in half precision
+    if size > _MOST_OF_MEMORY * psutil.virtual_memory().available:
+        return
+    hardware = Hardware(torch.device("cpu"), torch.float32)
+    _kept[:] = [_Kept(base, stamp, load_unet(base, hardware), load_text_encoders(base, hardware))]
+
+
+def frozen_networks(base: BaseModel, hardware: Hardware) -> tuple[nn.Module, list[nn.Module]]:
+    """Return the frozen UNet and text encoders on the training's hardware: those kept, or loaded ones.
+
+    A model whose files have changed since is loaded.
+    """
+    for kept in _kept:
+        if kept.base == base and kept.stamp == _stamp(base):
+            unet, *encoders = (
+                nn.Module.to(module, hardware.device, hardware.dtype) for module in (kept.unet, *kept.encoders)
+            )
+            return unet, encoders
+    return load_unet(base, hardware), load_text_encoders(base, hardware)
+
+
+def _stamp(base: BaseModel) -> _Stamp:
+    """Return what tells one state of the networks' files from another without reading them."""
+    folders = [base.folder / part for part in ("unet", *base.text_encoders)]
+    files = sorted(file for folder in folders for file in folder.iterdir() if file.is_file())
+    looks = [(str(file), file.stat()) for file in files]
+    return tuple((name, look.st_size, look.st_mtime_ns, look.st_ino) for name, look in looks)

@@ -1,0 +1,58 @@
+"""The base model's networks, kept for trainings that are forked: the same weights come out, and no stale ones go in."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from optimizer_daemon.lora_training import resident
+from optimizer_daemon.lora_training.base_model import inspect_base_model
+from optimizer_daemon.lora_training.models import Hardware
+from tests.optimizer_daemon.lora_training.tiny_model import save_tiny_model
+from tests.optimizer_daemon.lora_training.workshop import Workshop
+
+CPU = Hardware(torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    threads = torch.get_num_threads()
+    yield
+    resident._kept.clear()
+    torch.set_num_threads(threads)
+
+
+def test_kept_networks_train_to_the_same_weights(tmp_path, base_model, latent_cache):
+    alone, kept = (Workshop(tmp_path / name, base_model, latent_cache) for name in ("alone", "kept"))
+    for workshop in (alone, kept):
+        workshop.root.mkdir()
+    alone.train(text_encoder_lr=1e-3)
+    resident.keep_networks(str(kept.base))
+    kept.train(text_encoder_lr=1e-3)
+    unet = resident._kept[0].unet
+    assert any(module._forward_hooks for module in unet.modules()), "they were trained on, not beside others"
+    expected, weights = alone.weights(), kept.weights()
+    assert expected.keys() == weights.keys()
+    assert all(torch.equal(expected[name], weights[name]) for name in expected)
+
+
+def test_networks_whose_files_have_changed_are_loaded(tmp_path):
+    base = inspect_base_model(save_tiny_model(tmp_path / "base"))
+    resident.keep_networks(str(base.folder))
+    unet, _ = resident.frozen_networks(base, CPU)
+    assert unet is resident._kept[0].unet
+    (file,) = (base.folder / "unet").glob("*.safetensors")
+    os.utime(file, ns=(1, 1))
+    changed, _ = resident.frozen_networks(base, CPU)
+    assert changed is not unet
+
+
+def test_nothing_is_kept_where_memory_is_short(tmp_path, monkeypatch):
+    base = save_tiny_model(tmp_path / "base")
+    monkeypatch.setattr(resident, "_MOST_OF_MEMORY", 0.0)
+    resident.keep_networks(str(base))
+    assert resident._kept == []
+    unet, encoders = resident.frozen_networks(inspect_base_model(base), CPU)
+    assert not any(parameter.requires_grad for module in (unet, *encoders) for parameter in module.parameters())
