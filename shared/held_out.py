@@ -82,7 +82,7 @@ def pictures_in(folder: Path, setting: str) -> tuple[Picture, ...]:
     Raises:
         SettingsError: there is no such folder, it holds none, or one cannot be read.
     """
-    files = _in_folder(folder) if folder.is_dir() else []
+    files = image_files(folder) if folder.is_dir() else []
     if not files:
         kinds = ", ".join(sorted(IMAGE_SUFFIXES))
         raise SettingsError(setting, str(folder), f"name a folder that holds pictures ({kinds})")
@@ -134,7 +134,7 @@ def list_pictures(dataset_config: Path) -> list[Path]:
     try:
         document = tomllib.loads(dataset_config.read_text(encoding="utf-8"))
         folders = list(dict.fromkeys(_folders(document, dataset_config.absolute().parent)))
-        return [file for folder in folders for file in _in_folder(folder)]
+        return [file for folder in folders for file in image_files(folder)]
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(
             "--dataset-config", str(dataset_config), f"name a readable kohya dataset TOML ({error})"
@@ -143,6 +143,19 @@ def list_pictures(dataset_config: Path) -> list[Path]:
         raise SettingsError(
             "--dataset-config", str(dataset_config), f"write its tables as kohya's dataset TOML has them ({error})"
         ) from error
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Return the pictures directly in a folder by name, hidden files left out: macOS leaves `._name.png` beside them.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
+    )
 
 
 def file_digest(file: Path, setting: str) -> str:
@@ -170,7 +183,3 @@ def _folders(document: Mapping[str, Any], beside: Path) -> Iterator[Path]:
             merged = {**document.get("general", {}), **dataset, **subset}
             if not merged.get("is_reg") and "image_dir" in merged:
                 yield beside / merged["image_dir"]
-
-
-def _in_folder(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())

@@ -36,6 +36,8 @@ def main(arguments: Sequence[str]) -> int:
         batch_size=config.train_batch_size,
         multiple_of=base.vae_factor,
         held_out=config.held_out,
+        seed=config.seed,
+        command=config.of_datasets,
     )
     try:
         config.output_dir.mkdir(parents=True, exist_ok=True)

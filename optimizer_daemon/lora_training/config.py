@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from optimizer_daemon.lora_training.dataset_settings import DatasetSettings
 from optimizer_daemon.lora_training.network_settings import NetworkSettings
 from optimizer_daemon.lora_training.objective_settings import ObjectiveSettings
 from optimizer_daemon.lora_training.rate_settings import RateSettings
@@ -53,7 +54,7 @@ _FREE_ON_RESUME = frozenset(
 )
 
 
-class TrainConfig(ObjectiveSettings, RateSettings, NetworkSettings):
+class TrainConfig(ObjectiveSettings, RateSettings, NetworkSettings, DatasetSettings):
     """One training."""
 
     # The model, the data, the places

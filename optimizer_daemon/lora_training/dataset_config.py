@@ -1,7 +1,7 @@
 """kohya's dataset TOML: [general], [[datasets]] and [[datasets.subsets]], each falling back on the one above.
 
-image_dir counts from the folder of the file. What kohya knows and this trainer does not is refused by name, unless it
-is set to what it is without.
+Above all of them is the command, here train_config.toml. image_dir counts from the folder of the file. What kohya knows
+and this trainer does not is refused by name, unless it is set to what it is without. docs/dataset.md has the keys.
 """
 
 from __future__ import annotations
@@ -14,32 +14,22 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from optimizer_daemon.lora_training.buckets import BucketRule, Size
+from optimizer_daemon.lora_training.dataset_settings import Interpolation
 from optimizer_daemon.lora_training.toml_file import read_toml, unknown_key
 from shared.errors import UserError
 
 # kohya's key -> the value that leaves it without effect; None where every value has one.
 _UNSUPPORTED: Mapping[str, object] = {
-    "is_reg": False,
     "alpha_mask": False,
     "cache_info": False,
     "color_aug": False,
     "random_crop": False,
     "face_crop_aug_range": None,
-    "enable_wildcard": False,
-    "keep_tokens_separator": "",
-    "secondary_separator": "",
-    "caption_dropout_every_n_epochs": 0,
-    "token_warmup_min": 1,
-    "token_warmup_step": 0,
     "custom_attributes": {},
     "network_multiplier": 1.0,
-    "resize_interpolation": None,
-    "validation_split": 0.0,
-    "validation_seed": None,
     "metadata_file": None,
     "conditioning_data_dir": None,
 }
-_WITHOUT_EFFECT = frozenset({"validation_seed"})  # it only seeds a split, and a split is refused
 
 
 class _Table(BaseModel):
@@ -53,17 +43,30 @@ class Subset(_Table):
     """One folder of images."""
 
     image_dir: str = Field(min_length=1)
+    is_reg: bool = False
     num_repeats: int = Field(1, ge=1)
-    caption_extension: str = Field(".caption", pattern=r"^\.[^/]+$")
+    caption_extension: str = Field(".caption", pattern=r"^\.?[^./][^/]*$")
     class_tokens: str | None = None
     shuffle_caption: bool = False
     caption_separator: str = Field(",", min_length=1)
     keep_tokens: int = Field(0, ge=0)
+    keep_tokens_separator: str = ""
+    secondary_separator: str = ""
+    enable_wildcard: bool = False
     caption_prefix: str = ""
     caption_suffix: str = ""
     caption_dropout_rate: float = Field(0.0, ge=0, le=1)
+    caption_dropout_every_n_epochs: int = Field(0, ge=0)
     caption_tag_dropout_rate: float = Field(0.0, ge=0, le=1)
+    token_warmup_min: int = Field(1, ge=0)
+    token_warmup_step: float = Field(0.0, ge=0)
     flip_aug: bool = False
+    resize_interpolation: Interpolation | None = None
+
+    @field_validator("caption_extension")
+    @classmethod
+    def _with_dot(cls, value: str) -> str:
+        return value if value.startswith(".") else f".{value}"
 
 
 class Dataset(_Table):
@@ -76,6 +79,8 @@ class Dataset(_Table):
     max_bucket_reso: int = Field(1024, ge=1)
     bucket_reso_steps: int = Field(64, ge=1)
     bucket_no_upscale: bool = False
+    validation_split: float = Field(0.0, ge=0, le=1)
+    validation_seed: int | None = None
 
     @field_validator("resolution", mode="before")
     @classmethod
@@ -107,16 +112,20 @@ class DatasetPlan:
 
 
 _ONLY_IN_A_SUBSET = frozenset({"image_dir", "is_reg", "alpha_mask", "metadata_file", "conditioning_data_dir"})
-_SUBSET_KEYS = frozenset(Subset.model_fields) | frozenset(_UNSUPPORTED)
-_ABOVE_KEYS = (frozenset(Dataset.model_fields) | _SUBSET_KEYS) - _ONLY_IN_A_SUBSET
+_NOT_IN_A_SUBSET = frozenset(Dataset.model_fields) | {"network_multiplier"}
+_SUBSET_KEYS = (frozenset(Subset.model_fields) | frozenset(_UNSUPPORTED)) - _NOT_IN_A_SUBSET
+_ABOVE_KEYS = (frozenset(Subset.model_fields) | frozenset(_UNSUPPORTED) | _NOT_IN_A_SUBSET) - _ONLY_IN_A_SUBSET
 
 
-def load_dataset_config(path: Path, *, batch_size: int, multiple_of: int) -> tuple[DatasetPlan, ...]:
+def load_dataset_config(
+    path: Path, *, batch_size: int, multiple_of: int, command: Mapping[str, Any] | None = None
+) -> tuple[DatasetPlan, ...]:
     """Return every data set of the file.
 
     Args:
         path: the dataset TOML.
         batch_size: of data sets that set none.
+        command: further keys of train_config.toml that the file may leave out.
         multiple_of: sizes must be multiples of this many pixels, the base model's VAE factor.
     Raises:
         UserError: the file, a table or a key is unusable; the message names the place in the file.
@@ -130,8 +139,13 @@ def load_dataset_config(path: Path, *, batch_size: int, multiple_of: int) -> tup
     for number, raw in enumerate(_tables(path, "datasets", document.get("datasets"))):
         place = f"datasets[{number}]"
         above = _table(path, place, raw, _ABOVE_KEYS | {"subsets"})
-        chain = [(place, above), ("general", general)]
-        dataset = _model(path, Dataset, [*chain, ("train_config.toml", {"batch_size": batch_size})])
+        defaults = {**(command or {}), "batch_size": batch_size}
+        chain: list[tuple[str, Mapping[str, Any]]] = [
+            (place, above),
+            ("general", general),
+            ("train_config.toml", defaults),
+        ]
+        dataset = _model(path, Dataset, chain)
         _check_sizes(path, place, dataset, multiple_of)
         subsets = []
         for index, raw_subset in enumerate(_tables(path, f"{place}.subsets", above.get("subsets"))):
@@ -166,10 +180,11 @@ def _table(path: Path, place: str, value: object, known: frozenset[str]) -> dict
     for key, content in value.items():
         if key not in known:
             if key in _ABOVE_KEYS | _SUBSET_KEYS:
-                raise UserError(f"{path}: {place}.{key}: this key does not belong there; move it to another table")
+                table = "[[datasets]]" if key in _NOT_IN_A_SUBSET else "[[datasets.subsets]]"
+                raise UserError(f"{path}: {place}.{key}: this key does not belong there; move it to {table}")
             raise unknown_key(path, place, key, known)
         neutral = _UNSUPPORTED.get(key)
-        if key in _UNSUPPORTED and key not in _WITHOUT_EFFECT and (neutral is None or content != neutral):
+        if key in _UNSUPPORTED and (neutral is None or content != neutral):
             raise UserError(
                 f"{path}: {place}.{key}: {content!r} will not do; the native trainer does not have this feature, "
                 "so take the key out"

@@ -2,7 +2,9 @@
 
 The cache has one file per (VAE, image, size, flip):
 
-    <cache>/<first 16 digits of the VAE's digest>/<image digest>-<resized>-<bucket>[-flipped].safetensors
+    <cache>/<first 16 digits of the VAE's digest>/<image digest>-<resized>-<bucket>[-<how>][-flipped].safetensors
+
+where <how> is the interpolation of an image that had to be resized.
 
 Digests are of contents, so an edited image or another VAE is another file, and trainings may share the folder and fill
 it at the same time: each file appears whole, and its content does not depend on who wrote it. Each carries a checksum:
@@ -28,9 +30,10 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from optimizer_daemon.lora_training.base_model import BaseModel
-from optimizer_daemon.lora_training.buckets import Fit
 from optimizer_daemon.lora_training.dataset import Batch, TrainingImage
+from optimizer_daemon.lora_training.dataset_settings import Interpolation
 from optimizer_daemon.lora_training.models import Hardware, load_vae
+from optimizer_daemon.lora_training.resizing import interpolation_for, resize
 from shared.errors import DiskError, UserError
 from shared.files import write_bytes
 from shared.model_folders import digest_model
@@ -111,9 +114,10 @@ def load_latents(
 
 
 def latent_name(image: TrainingImage, *, flipped: bool) -> str:
-    """Return the cache's file name, e.g. <digest>-600x512-512x512-flipped.safetensors."""
-    sizes = "-".join(f"{width}x{height}" for width, height in (image.fit.resized, image.fit.bucket))
-    return f"{image.sha256}-{sizes}{'-flipped' if flipped else ''}.safetensors"
+    """Return the cache's file name, e.g. <digest>-600x512-512x512-area-flipped.safetensors."""
+    sizes = [f"{width}x{height}" for width, height in (image.fit.resized, image.fit.bucket)]
+    how = [] if image.size == image.fit.resized else [_interpolation(image)]
+    return f"{'-'.join([image.sha256, *sizes, *how, *(['flipped'] if flipped else [])])}.safetensors"
 
 
 @torch.no_grad()
@@ -123,7 +127,7 @@ def encode(vae: AutoencoderKL, image: TrainingImage, *, flipped: bool) -> Tensor
     Raises:
         UserError: the image cannot be decoded, or its latent is not finite.
     """
-    pixels = read_pixels(image.path, image.fit)
+    pixels = read_pixels(image)
     if flipped:
         pixels = pixels.flip(-1)
     seed = int.from_bytes(hashlib.sha256(latent_name(image, flipped=flipped).encode()).digest()[:8], "big") >> 1
@@ -134,25 +138,26 @@ def encode(vae: AutoencoderKL, image: TrainingImage, *, flipped: bool) -> Tensor
     return latent.contiguous()
 
 
-def read_pixels(path: Path, fit: Fit) -> Tensor:
-    """Return the image at its training size, (3, height, width), float32 in [-1, 1].
-
-    Shrinking averages areas, enlarging uses Lanczos, as sd-scripts does; the crop is central.
+def read_pixels(image: TrainingImage) -> Tensor:
+    """Return the image at its training size, (3, height, width), float32 in [-1, 1]; the crop is central.
 
     Raises:
         UserError: the file cannot be decoded.
     """
     try:
-        with Image.open(path) as opened:
-            picture = opened.convert("RGB")
+        with Image.open(image.path) as opened:
+            pixels = np.asarray(opened.convert("RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} could not be decoded ({error}); mend or remove it") from error
-    if picture.size != fit.resized:
-        shrinks = picture.width >= fit.resized[0] and picture.height >= fit.resized[1]
-        picture = picture.resize(fit.resized, Image.Resampling.BOX if shrinks else Image.Resampling.LANCZOS)
-    left, top = ((resized - side) // 2 for resized, side in zip(fit.resized, fit.bucket, strict=True))
-    picture = picture.crop((left, top, left + fit.bucket[0], top + fit.bucket[1]))
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
+        raise UserError(f"{image.path} could not be decoded ({error}); mend or remove it") from error
+    if image.size != image.fit.resized:
+        pixels = resize(pixels, image.fit.resized, _interpolation(image))
+    left, top = ((resized - side) // 2 for resized, side in zip(image.fit.resized, image.fit.bucket, strict=True))
+    pixels = pixels[top : top + image.fit.bucket[1], left : left + image.fit.bucket[0]]
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
+
+
+def _interpolation(image: TrainingImage) -> Interpolation:
+    return interpolation_for(image.size, image.fit.resized, image.subset.resize_interpolation)
 
 
 def _read(path: Path) -> Tensor | None:

@@ -102,7 +102,10 @@ class Facts:
 
 def training_metadata(config: TrainConfig, data: TrainingData, base: BaseModel, facts: Facts) -> dict[str, str]:
     """Return the metadata of all checkpoints of a training; `save_checkpoint` adds what differs between them."""
-    settings = {f"ss_{name}": getattr(config, name, without) for name, without in SETTINGS.items()}
+    settings = {
+        f"ss_{name}": without if (value := getattr(config, name, None)) is None else value
+        for name, without in SETTINGS.items()
+    }
     # sd-scripts has one name for SDXL, whatever it predicts
     version = base.version + ("_v" if facts.predicts_velocity and base.family == "sd15" else "")
     loop = {
@@ -125,8 +128,8 @@ def training_metadata(config: TrainConfig, data: TrainingData, base: BaseModel, 
     }
     images = {
         "ss_num_train_images": data.num_train_images,
-        "ss_num_validation_images": 0,
-        "ss_num_reg_images": 0,
+        "ss_num_validation_images": len(data.validation_images),
+        "ss_num_reg_images": data.num_reg_images,
         "ss_datasets": json.dumps([_dataset_facts(images) for images in data.sets]),
         "ss_dataset_dirs": json.dumps(_folders(data)),
         "ss_tag_frequency": json.dumps(data.tag_frequency()),
@@ -178,8 +181,8 @@ def _dataset_facts(images: ImageSet) -> dict[str, object]:
     return {
         "is_dreambooth": True,
         "batch_size_per_device": dataset.batch_size,
-        "num_train_images": sum(image.subset.num_repeats for image in images.images),
-        "num_reg_images": 0,
+        "num_train_images": images.num_train_images,
+        "num_reg_images": images.num_reg_images,
         "resolution": dataset.resolution,
         "enable_bucket": dataset.enable_bucket,
         "min_bucket_reso": dataset.min_bucket_reso if dataset.enable_bucket else None,
@@ -187,10 +190,7 @@ def _dataset_facts(images: ImageSet) -> dict[str, object]:
         "tag_frequency": TrainingData(Path(), (images,)).tag_frequency(),
         "bucket_info": {"buckets": buckets} if dataset.enable_bucket else None,
         "resize_interpolation": None,
-        "subsets": [
-            _subset_facts(subset, sum(image.subset is subset for image in images.images))
-            for subset in images.plan.subsets
-        ],
+        "subsets": [_subset_facts(subset, images.count(subset)) for subset in images.plan.subsets],
     }
 
 
@@ -203,27 +203,27 @@ def _subset_facts(subset: Subset, img_count: int) -> dict[str, object]:
         "random_crop": False,
         "shuffle_caption": subset.shuffle_caption,
         "keep_tokens": subset.keep_tokens,
-        "keep_tokens_separator": "",
-        "secondary_separator": None,
-        "enable_wildcard": False,
+        "keep_tokens_separator": subset.keep_tokens_separator,
+        "secondary_separator": subset.secondary_separator or None,
+        "enable_wildcard": subset.enable_wildcard,
         "caption_prefix": subset.caption_prefix or None,
         "caption_suffix": subset.caption_suffix or None,
-        "resize_interpolation": None,
+        "resize_interpolation": subset.resize_interpolation,
         "image_dir": Path(subset.image_dir).name,
         "class_tokens": subset.class_tokens,
-        "is_reg": False,
+        "is_reg": subset.is_reg,
     }
 
 
 def _folders(data: TrainingData) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     for images in data.sets:
-        for subset in images.plan.subsets:
+        for subset in (subset for subset in images.plan.subsets if not subset.is_reg):
             name, count = Path(subset.image_dir).name, 2
             while name in found:
                 name, count = f"{Path(subset.image_dir).name} ({count})", count + 1
             found[name] = {
                 "n_repeats": subset.num_repeats,
-                "img_count": sum(image.subset is subset for image in images.images),
+                "img_count": images.count(subset),
             }
     return found

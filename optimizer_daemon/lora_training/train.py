@@ -50,7 +50,8 @@ def _train(config: TrainConfig, data: TrainingData, base: BaseModel, wish: StopW
     steps_per_epoch = -(-data.batches_per_epoch // config.gradient_accumulation_steps)
     total_steps = steps_per_epoch * config.max_train_epochs
     cache = config.latent_cache_dir or default_cache_dir()
-    latents = load_latents(data.images, base, hardware, cache, wish.check)
+    images = data.images + data.validation_images
+    latents = load_latents(images, base, hardware, cache, wish.check)
     print(f"latents: {latents.cached} from the cache, {latents.encoded} encoded", flush=True)
     learner = Learner(config, base, hardware, latents, total_steps)
     identity = {**config.weight_deciding(), "training data": data.digest()}
@@ -90,7 +91,9 @@ class _Course:
         try:
             for epoch in range(position.epoch, config.max_train_epochs + 1):
                 reporter.begin_epoch(epoch)
-                batches = self.data.epoch_batches(config.seed, epoch)
+                batches = self.data.epoch_batches(
+                    config.seed, epoch, batches_per_step=every, epochs=config.max_train_epochs
+                )
                 for index in range(position.step_in_epoch, steps_per_epoch):
                     places = range(index * every, min((index + 1) * every, len(batches)))
                     losses = [_add_gradients(learner, batches[place], wish) for place in places]

@@ -226,8 +226,23 @@ DATA = [
     ),
     Case(
         "data set: a feature that is not there",
-        ("subsets[0].is_reg: True will not do", "take the key out"),
+        ("subsets[0].random_crop: True will not do", "take the key out"),
+        edited("dataset", 'image_dir = "pictures"', 'image_dir = "pictures"\nrandom_crop = true'),
+    ),
+    Case(
+        "data set: a validation split of a folder",
+        ("subsets[0].validation_split: this key does not belong there", "move it to [[datasets]]"),
+        edited("dataset", 'image_dir = "pictures"', 'image_dir = "pictures"\nvalidation_split = 0.1'),
+    ),
+    Case(
+        "data set: regularisation pictures alone",
+        ("every picture is for regularisation", "add a subset without is_reg"),
         edited("dataset", 'image_dir = "pictures"', 'image_dir = "pictures"\nis_reg = true'),
+    ),
+    Case(
+        "data set: a validation split of nothing",
+        ("datasets[0].validation_split: 0.001 will not do", "rounds to no picture"),
+        edited("dataset", "batch_size = 2", "batch_size = 2\nvalidation_split = 0.001"),
     ),
 ]
 

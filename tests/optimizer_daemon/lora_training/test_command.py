@@ -76,9 +76,9 @@ def typo_in_dataset(folder: Path) -> None:
     path.write_text(path.read_text().replace("batch_size", "batch_sise"))
 
 
-def regularisation(folder: Path) -> None:
+def random_crops(folder: Path) -> None:
     with (folder / "dataset.toml").open("a") as file:
-        file.write("  is_reg = true\n")
+        file.write("  random_crop = true\n")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,11 @@ def regularisation(folder: Path) -> None:
         (lambda f: (f / "base/vae/config.json").write_text("{"), {}, "vae/config.json: could not be read"),
         (None, {"dataset_config": "missing.toml"}, "missing.toml: could not be read (No such file or directory)"),
         (typo_in_dataset, {}, "datasets[0].batch_sise: there is no such key; did you mean 'batch_size'?"),
-        (regularisation, {}, "dataset.toml: datasets[0].subsets[0].is_reg: True will not do; the native trainer does"),
+        (
+            random_crops,
+            {},
+            "datasets[0].subsets[0].random_crop: True will not do; the native trainer does",
+        ),
         (no_captions, {}, "images/b.png has no caption: b.txt is missing"),
         (no_images, {}, "image_dir: "),
         (lambda f: (f / "images/a.png").write_bytes(b"?"), {}, "images/a.png is no readable image"),

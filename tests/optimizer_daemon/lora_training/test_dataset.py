@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from optimizer_daemon.lora_training.captions import drawn_caption
+from optimizer_daemon.lora_training.captions import Moment, drawn_caption
 from optimizer_daemon.lora_training.dataset import Batch, TrainingData, load_data
 from optimizer_daemon.lora_training.dataset_config import Subset, load_dataset_config
 from shared.errors import UserError
@@ -82,32 +82,36 @@ def test_defaults_are_kohyas(tmp_path: Path):
         "max_bucket_reso": 1024,
         "bucket_reso_steps": 64,
         "bucket_no_upscale": False,
+        "validation_split": 0.0,
+        "validation_seed": None,
     }
     assert plan.subsets[0].model_dump() == {
         "image_dir": "x",
+        "is_reg": False,
         "num_repeats": 1,
         "caption_extension": ".caption",
         "class_tokens": None,
         "shuffle_caption": False,
         "caption_separator": ",",
         "keep_tokens": 0,
+        "keep_tokens_separator": "",
+        "secondary_separator": "",
+        "enable_wildcard": False,
         "caption_prefix": "",
         "caption_suffix": "",
         "caption_dropout_rate": 0.0,
+        "caption_dropout_every_n_epochs": 0,
         "caption_tag_dropout_rate": 0.0,
+        "token_warmup_min": 1,
+        "token_warmup_step": 0.0,
         "flip_aug": False,
+        "resize_interpolation": None,
     }
 
 
 @pytest.mark.parametrize(
     "line",
-    [
-        "is_reg = false",
-        "random_crop = false",
-        "validation_seed = 1",
-        "keep_tokens_separator = ''",
-        "token_warmup_step = 0",
-    ],
+    ["random_crop = false", "alpha_mask = false", "cache_info = false"],
 )
 def test_a_feature_we_lack_may_be_named_while_it_is_off(tmp_path: Path, line: str):
     data_of(write_dataset(tmp_path, subset=line))
@@ -116,17 +120,30 @@ def test_a_feature_we_lack_may_be_named_while_it_is_off(tmp_path: Path, line: st
 @pytest.mark.parametrize(
     ("parts", "place"),
     [
-        ({"subset": "is_reg = true"}, "datasets[0].subsets[0].is_reg: True will not do; the native trainer does not"),
-        ({"subset": "random_crop = true"}, "datasets[0].subsets[0].random_crop: True"),
-        ({"dataset": "resolution = 64\nvalidation_split = 0.1"}, "datasets[0].validation_split: 0.1"),
-        ({"general": "enable_wildcard = true"}, "general.enable_wildcard: True"),
+        ({"subset": "random_crop = true"}, "datasets[0].subsets[0].random_crop: True will not do; the native trainer"),
+        ({"general": "color_aug = true"}, "general.color_aug: True"),
+        ({"dataset": "resolution = 64\nnetwork_multiplier = 0.5"}, "datasets[0].network_multiplier: 0.5"),
+        (
+            {"subset": "validation_split = 0.1"},
+            "datasets[0].subsets[0].validation_split: this key does not belong there; move it to [[datasets]]",
+        ),
+        ({"dataset": "resolution = 64\nvalidation_split = 1.5"}, "datasets[0].validation_split: 1.5 will not do"),
+        (
+            {"dataset": "resolution = 64\nvalidation_split = 0.1"},
+            "datasets[0].validation_split: 0.1 will not do; it rounds to no picture",
+        ),
+        ({"subset": "resize_interpolation = 'sinc'"}, "datasets[0].subsets[0].resize_interpolation: 'sinc' will not"),
+        ({"subset": "token_warmup_step = -1"}, "datasets[0].subsets[0].token_warmup_step: -1 will not do"),
         ({"subset": "metadata_file = 'm.json'"}, "datasets[0].subsets[0].metadata_file: 'm.json'"),
         (
             {"subset": "flip_augg = true"},
             "datasets[0].subsets[0].flip_augg: there is no such key; did you mean 'flip_aug'?",
         ),
         ({"general": "colour = 1"}, "general.colour: there is no such key"),
-        ({"general": "image_dir = 'x'"}, "general.image_dir: this key does not belong there"),
+        (
+            {"general": "image_dir = 'x'"},
+            "general.image_dir: this key does not belong there; move it to [[datasets.subsets]]",
+        ),
         ({"subset": "resolution = 64"}, "datasets[0].subsets[0].resolution: this key does not belong there"),
         ({"dataset": "batch_size = 1"}, "datasets[0].resolution is missing"),
         ({"dataset": "resolution = '64'"}, "datasets[0].resolution: '64' will not do"),
@@ -191,7 +208,7 @@ def test_a_broken_document_is_refused(tmp_path: Path, text: str, message: str):
 
 
 def test_images_are_found_beside_the_toml_in_order_whatever_their_case(tmp_path: Path):
-    path = write_dataset(tmp_path, {"b": "2", "a": "1"})
+    path = write_dataset(tmp_path, {"b": "2", "a": "1", "._a": None})
     (tmp_path / "images/b.png").rename(tmp_path / "images/b.PNG")
     (tmp_path / "images/notes.md").write_text("not an image")
     assert [(image.path.name, image.caption) for image in data_of(path).images] == [("a.png", "1"), ("b.PNG", "2")]
@@ -304,20 +321,20 @@ TAGS = "sks, red, ball, soft, warm, low"
 )
 def test_the_captions_one_image_may_get(subset: Subset, expected: set[str]):
     rng = random.Random(1)
-    assert {drawn_caption(TAGS, subset, rng) for _ in range(60)} == expected
+    assert {drawn_caption(TAGS, subset, rng, Moment()) for _ in range(60)} == expected
 
 
 def test_shuffled_tags_are_rejoined_with_a_comma_whatever_separated_them():
     subset = rules(shuffle_caption=True, keep_tokens=9, caption_separator=";")
-    assert drawn_caption("a ;b;  c", subset, random.Random(0)) == "a, b, c"
+    assert drawn_caption("a ;b;  c", subset, random.Random(0), Moment()) == "a, b, c"
 
 
 def test_dropout_rates_are_shares():
     rng = random.Random(2)
-    captions = [drawn_caption("a, b", rules(caption_dropout_rate=0.3), rng) for _ in range(4000)]
+    captions = [drawn_caption("a, b", rules(caption_dropout_rate=0.3), rng, Moment()) for _ in range(4000)]
     assert captions.count("") / 4000 == pytest.approx(0.3, abs=0.03)
     tags = Counter(
-        drawn_caption("k, a, b", rules(caption_tag_dropout_rate=0.2, keep_tokens=1), rng) for _ in range(4000)
+        drawn_caption("k, a, b", rules(caption_tag_dropout_rate=0.2, keep_tokens=1), rng, Moment()) for _ in range(4000)
     )
     assert tags["k, a, b"] / 4000 == pytest.approx(0.64, abs=0.03)
     assert tags["k"] / 4000 == pytest.approx(0.04, abs=0.02)

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from optimizer_daemon.lora_training import latents as latents_module
 from optimizer_daemon.lora_training.base_model import inspect_base_model
-from optimizer_daemon.lora_training.buckets import Fit
-from optimizer_daemon.lora_training.dataset import load_data
+from optimizer_daemon.lora_training.buckets import Fit, Size
+from optimizer_daemon.lora_training.dataset import TrainingImage, load_data
+from optimizer_daemon.lora_training.dataset_config import Subset
 from optimizer_daemon.lora_training.latents import Latents, load_latents, read_pixels
 from optimizer_daemon.lora_training.models import Hardware
 from shared.errors import UserError
@@ -33,6 +34,10 @@ def encoded(dataset: Path, base: Path, cache: Path) -> Latents:
     model = inspect_base_model(base)
     data = load_data(dataset, batch_size=1, multiple_of=model.vae_factor)
     return load_latents(data.images, model, CPU, cache, lambda: None)
+
+
+def image_of(path: Path, size: Size, fit: Fit) -> TrainingImage:
+    return TrainingImage(path, "0" * 64, size, "", fit, Subset(image_dir="images"))
 
 
 def files(cache: Path) -> dict[str, bytes]:
@@ -84,6 +89,12 @@ def test_what_decides_a_latent_decides_its_file(tmp_path: Path, base_model: Path
     assert encoded(tmp_path / "copy/dataset.toml", base_model, cache).encoded == 1, "an edited image"
     smaller = write_dataset(tmp_path / "smaller", {"a": "x", "b": "y"}, dataset="resolution = 32")
     assert encoded(smaller, base_model, cache).encoded == 2, "another size"
+    other = write_dataset(
+        tmp_path / "other", {"a": "x", "b": "y"}, dataset="resolution = 32", subset="resize_interpolation = 'bicubic'"
+    )
+    assert encoded(other, base_model, cache).encoded == 2, "another way to resize"
+    unsized = write_dataset(tmp_path / "unsized", {"a": "x", "b": "y"}, subset="resize_interpolation = 'bicubic'")
+    assert encoded(unsized, base_model, cache).encoded == 0, "nothing is resized"
     flipped = write_dataset(tmp_path / "flipped", {"a": "x", "b": "y"}, subset="flip_aug = true")
     assert encoded(flipped, base_model, cache).encoded == 2, "only the mirrored ones are new"
     config = velocity_model / "vae/config.json"
@@ -167,7 +178,7 @@ def test_the_crop_is_central(tmp_path: Path, size, fit: Fit, left: int, top: int
     ramp = Image.new("RGB", size)
     ramp.putdata([(x, y, 0) for y in range(size[1]) for x in range(size[0])])
     ramp.save(tmp_path / "ramp.png")
-    pixels = (read_pixels(tmp_path / "ramp.png", fit) + 1) * 127.5
+    pixels = (read_pixels(image_of(tmp_path / "ramp.png", size, fit)) + 1) * 127.5
     assert pixels.shape == (3, 64, 64)
     assert pixels[:2, 0, 0].round().tolist() == [left, top]
 
@@ -176,7 +187,7 @@ def test_shrinking_averages_areas_and_transparency_is_dropped(tmp_path: Path):
     checks = Image.new("RGBA", (4, 4))
     checks.putdata([(255, 0, 0, 0) if (x + y) % 2 else (0, 0, 0, 255) for y in range(4) for x in range(4)])
     checks.save(tmp_path / "checks.png")
-    pixels = read_pixels(tmp_path / "checks.png", Fit((2, 2), (2, 2)))
+    pixels = read_pixels(image_of(tmp_path / "checks.png", (4, 4), Fit((2, 2), (2, 2))))
     assert pixels[0].abs().max() < 0.01 and torch.all(pixels[1:] == -1)
 
 

@@ -77,7 +77,13 @@ class Workshop:
         """Train in this process."""
         config = load_config(self.configure(**changes))
         base = inspect_base_model(config.pretrained_model_name_or_path)
-        data = load_data(config.dataset_config, batch_size=config.train_batch_size, multiple_of=base.vae_factor)
+        data = load_data(
+            config.dataset_config,
+            batch_size=config.train_batch_size,
+            multiple_of=base.vae_factor,
+            seed=config.seed,
+            command=config.of_datasets,
+        )
         config.output_dir.mkdir(exist_ok=True)
         train(config, data, base, wish or StopWish())
 
