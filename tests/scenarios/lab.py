@@ -170,16 +170,7 @@ class Lab:
 
     def processes(self) -> dict[int, str]:
         """Every living process of this lab: pid -> command line."""
-        found = {}
-        mark = f"{MARK}={self.mark}".encode()
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdecimal():
-                with contextlib.suppress(OSError):
-                    if mark in (entry / "environ").read_bytes().split(b"\0"):
-                        command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                        if command:  # a zombie has none
-                            found[int(entry.name)] = command
-        return found
+        return processes_of(self.mark)
 
     def kill_everything(self) -> None:
         """kill -9 every process of this lab."""
@@ -190,6 +181,20 @@ class Lab:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
         assert not alive, alive
+
+
+def processes_of(mark: str) -> dict[int, str]:
+    """Every living process that carries the mark in its environment: pid -> command line."""
+    found = {}
+    wanted = f"{MARK}={mark}".encode()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):
+                if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                    command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    if command:  # a zombie has none
+                        found[int(entry.name)] = command
+    return found
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float = 120.0, what: str = "") -> None:
