@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 from optimizer_daemon.lifecycle import Action, Ending, TrialView, ending_of, signal_of
 from optimizer_daemon.lora_training.memory import Memory, memory_that_ran_out
 from optimizer_daemon.scores import TrialScores
-from optimizer_daemon.trainers.base import Preloads, Tidies, TrainerPlugin
+from optimizer_daemon.trainers.base import LaunchPlan, Preloads, ResumePoint, Tidies, TrainerPlugin
 from optimizer_daemon.training_log import TrainingLog
 from shared.errors import (
     DeviceBusyError,
@@ -68,6 +68,7 @@ class LiveTrial:
         first_not_finite: the step since which its loss is no number; None while it is one.
         step_seconds: seconds per step, as it said them.
         leases: GPUs taken for its next start.
+        patience_s: how long it may stand still, where its plan says so.
     """
 
     layout: TrialLayout
@@ -83,6 +84,7 @@ class LiveTrial:
     first_not_finite: int | None = None
     step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=100))
     leases: list[GpuLease] = field(default_factory=list)
+    patience_s: float = SHORTEST_PATIENCE_S
 
     @property
     def number(self) -> int:
@@ -137,7 +139,7 @@ class Runner:
         if isinstance(self._trainer, Tidies):
             self._trainer.tidy(live.layout, self._run)
         resume = self._trainer.resume_point(live.layout)
-        plan = self._trainer.plan(live.params, live.layout, self._run, resume=resume)
+        plan = self._plan(live, resume)
         for path, text in plan.files.items():
             target = live.layout.folder / path
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +165,14 @@ class Runner:
         """Take over the trainer an earlier daemon left; False when nothing of it lives."""
         live.process = adopt(live.layout.folder)
         live.last_progress = now
+        if live.process is not None:
+            self._plan(live, None)  # for its patience
         return live.process is not None
+
+    def _plan(self, live: LiveTrial, resume: ResumePoint | None) -> LaunchPlan:
+        plan = self._trainer.plan(live.params, live.layout, self._run, resume=resume)
+        live.patience_s = SHORTEST_PATIENCE_S if plan.patience_s is None else plan.patience_s
+        return plan
 
     def follow(self, live: LiveTrial, now: float) -> Iterator[Progress]:
         """Read what the training said since the last look; yield each epoch's first line once `live` has it."""
@@ -328,7 +337,7 @@ def kind_of(reason: str) -> str:
 
 def _patience_s(live: LiveTrial) -> float:
     median_s = statistics.median(live.step_seconds) if live.step_seconds else 0.0
-    return max(SHORTEST_PATIENCE_S, PATIENCE_STEPS * median_s)
+    return max(live.patience_s, PATIENCE_STEPS * median_s)
 
 
 def _not_finite_steps(live: LiveTrial) -> int:

@@ -67,6 +67,7 @@ WRITERS: Mapping[str, Writer] = MappingProxyType(
         f"trial_*/{PARAMS}": "optimizer",
         f"trial_*/{TRIAL_STATE}": "optimizer",
         "trial_*/train_config.toml": "optimizer",  # what the trainer is started with
+        "trial_*/command/**": "optimizer",  # the same for another program
         "trial_*/attempts/**": "optimizer",  # the trainer made them, the optimizer moved them here
         "trial_*/evaluation/**": "optimizer",
         "trial_*/realtime_evaluation.log*": "evaluator",
@@ -76,6 +77,7 @@ WRITERS: Mapping[str, Writer] = MappingProxyType(
         "trial_*/training.log": "trainer",
         "trial_*/logs/**": "trainer",
         "trial_*/state/**": "trainer",
+        "trial_*/output/**": "trainer",  # whatever another program writes
         "trial_*/*-state/**": "trainer",  # kohya keeps its resume state beside the weights
         "trial_*/*.safetensors": "trainer",
         "results/**": "optimizer",
@@ -204,6 +206,8 @@ class TrialLayout:
     tensorboard = Below("logs")
     evaluation_log = Below("realtime_evaluation.log")
     training_state = Below("state")  # the native trainer's resume state
+    command_files = Below("command")  # what the command trainer's program is started with
+    output = Below("output")  # where that program writes
 
     @property
     def name(self) -> str:

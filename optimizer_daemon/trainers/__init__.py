@@ -7,6 +7,7 @@ TRAINERS: Registry[TrainerPlugin] = Registry(
     "trainer",
     TrainerPlugin,
     {
+        "command": "optimizer_daemon.trainers.command:TRAINER",
         "kohya": "optimizer_daemon.trainers.kohya:TRAINER",
         "native": "optimizer_daemon.trainers.native:TRAINER",
     },

@@ -22,12 +22,14 @@ class LaunchPlan:
         env: variables on top of the daemon's own environment.
         files: what to write before the start, path relative to the trial's folder -> text.
         cwd: where the command runs.
+        patience_s: seconds it may go on without progress before it counts as hung; None for as long as any trainer.
     """
 
     argv: tuple[str, ...]
     env: Mapping[str, str]
     files: Mapping[str, str] = field(default_factory=dict)
     cwd: Path | None = None
+    patience_s: float | None = None
 
 
 @dataclass(frozen=True)

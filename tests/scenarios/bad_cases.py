@@ -370,7 +370,7 @@ PLUGINS = [
             "{}",
         ),
     ),
-    Case("trainer: unknown", ("no trainer named 'kohia'; choose one of native",), flags("--trainer", "kohia")),
+    Case("trainer: unknown", ("no trainer named 'kohia'; choose one of command, ",), flags("--trainer", "kohia")),
     Case(
         "trainer: no such module",
         ("trainer: 'no_such:TRAINER'", "there is no module 'no_such'"),

@@ -40,6 +40,8 @@ TREE = [
     (TRIAL.params, "trial_0005/params.json", "optimizer"),
     (TRIAL.state, "trial_0005/trial_state.json", "optimizer"),
     (TRIAL.folder / "train_config.toml", "trial_0005/train_config.toml", "optimizer"),
+    (TRIAL.command_files / "collect.json", "trial_0005/command/collect.json", "optimizer"),
+    (TRIAL.output / "x.safetensors", "trial_0005/output/x.safetensors", "trainer"),
     (TRIAL.trainer_exit, "trial_0005/trainer_exit.json", "trainer"),
     (TRIAL.trainer_lock, "trial_0005/trainer.lock", "trainer"),
     (TRIAL.training_log, "trial_0005/training.log", "trainer"),

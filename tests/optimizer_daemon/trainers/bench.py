@@ -17,6 +17,7 @@ from optimizer_daemon.runner import LiveTrial, Runner
 from optimizer_daemon.settings import load_optimizer_settings
 from optimizer_daemon.study_file import find_run
 from optimizer_daemon.trainers import TRAINERS
+from optimizer_daemon.trainers.base import Prepares
 from optimizer_daemon.training_log import TrainingLog
 from shared.layout import StudyLayout, TrialLayout
 from shared.process import StopReport
@@ -55,6 +56,8 @@ class Bench:
         self.study = StudyLayout(root / "study")
         self.run = find_run(self.settings, self.study, datetime.now().astimezone())
         self.plugin = TRAINERS.load(trainer)
+        if isinstance(self.plugin, Prepares):
+            self.plugin.prepare(self.run, self.study)
         self.params = TrialParams(
             trial=1, optuna_number=0, parameters={**PARAMETERS, **parameters}, origin="sampler", training_seed=7
         )

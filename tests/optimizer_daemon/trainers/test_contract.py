@@ -1,0 +1,178 @@
+"""What every trainer must do, whoever wrote it; each test runs for each trainer of the registry."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import os
+import random
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+from optimizer_daemon.lifecycle import signal_of
+from optimizer_daemon.trainers import TRAINERS
+from shared.errors import UserError
+from shared.layout import StudyLayout, writer_of
+from shared.safetensors_file import read_checkpoint
+from tests.optimizer_daemon.trainers.bench import STEPS_PER_EPOCH, Bench
+
+PROGRAM = Path(__file__).with_name("other_program.py")
+COMMAND = f"""
+[trainer.command]
+command = ["{sys.executable}", "-S", "{PROGRAM}", "--out", "{{output_dir}}", "--steps", "{{max_train_steps}}",
+    "--save_every", "{{save_every_n_steps}}", "--lr", "{{learning_rate}}", "--rank", "{{network_dim}}", "--fault", ""]
+unused = ["network_alpha", "optimizer_type"]
+steps_per_epoch = {STEPS_PER_EPOCH}
+checkpoints = "checkpoint-{{step}}/pytorch_lora_weights.safetensors"
+final = "pytorch_lora_weights.safetensors"
+state = "checkpoint-{{step}}/state.json"
+resume = ["--resume", "{{state_dir}}"]
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One trainer on the bench.
+
+    Args:
+        table: its lines of the study file.
+        broken: the same, so that the training fails by itself.
+        removed: a file of the study without which it does.
+        why: what that failure is called.
+        exact: whether a training that was stopped ends with the weights of one that was not.
+        skip: why it cannot be tried here.
+    """
+
+    table: str = ""
+    broken: str = ""
+    removed: str = ""
+    why: str = ""
+    exact: bool = True
+    skip: str = ""
+
+
+CASES = {
+    "native": Case(
+        removed="dataset.toml",
+        why="dataset.toml: could not be read (No such file or directory); correct the path or its permissions",
+    ),
+    "command": Case(
+        table=COMMAND,
+        broken=COMMAND.replace('"--fault", ""', '"--fault", "crashes"'),
+        why="the training crashed with ValueError: 3 is no rank (exit status 1); mend what the traceback",
+    ),
+}
+
+
+def test_every_registered_trainer_is_on_the_bench():
+    assert set(TRAINERS.names) == set(CASES)
+
+
+@pytest.fixture(scope="module")
+def trained(name: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """A training of two epochs that nobody disturbed."""
+    if CASES[name].skip:
+        pytest.skip(CASES[name].skip)
+    with Bench(tmp_path_factory.mktemp(f"{name}_trained"), name, CASES[name].table) as bench:
+        bench.start()
+        assert bench.finish().exit_status == 0, bench.log
+        bench.follow()
+        yield bench
+
+
+@pytest.fixture
+def bench(name: str, tmp_path: Path) -> Iterator[Bench]:
+    if CASES[name].skip:
+        pytest.skip(CASES[name].skip)
+    with Bench(tmp_path, name, CASES[name].table) as bench:
+        yield bench
+
+
+@pytest.mark.parametrize("name", CASES, scope="module")
+class TestContract:
+    """The contract. Equal for all: nothing here asks which trainer it is but its Case."""
+
+    def test_a_plan_looks_at_no_file(self, name: str, bench: Bench, monkeypatch: pytest.MonkeyPatch):
+        trial = StudyLayout(Path("/nonexistent/study")).trial(1)
+        bench.plugin.plan(bench.params, trial, bench.run)  # what it imports, it may read
+
+        def looked(*arguments: object, **_: object) -> None:
+            raise AssertionError(f"it looked at {arguments[0]}")
+
+        for module, names in ((os, "stat lstat open listdir scandir access"), (io, "open"), (builtins, "open")):
+            for function in names.split():
+                monkeypatch.setattr(module, function, looked)
+        try:
+            plans = [bench.plugin.plan(bench.params, trial, bench.run, gpu="GPU-7f") for _ in range(2)]
+        finally:
+            monkeypatch.undo()
+        assert plans[0] == plans[1]
+        assert plans[0].env["CUDA_VISIBLE_DEVICES"] == "GPU-7f"
+        assert all(PurePosixPath(path).parts[0] != ".." and not Path(path).is_absolute() for path in plans[0].files)
+
+    def test_a_parameter_nobody_reads_is_refused(self, name: str, bench: Bench):
+        wrong = bench.params.model_copy(update={"parameters": {**bench.params.parameters, "network_dimm": 4}})
+        with pytest.raises(UserError, match=r"^trial parameters: network_dimm: .*search space"):
+            bench.plugin.plan(wrong, bench.trial, bench.run)
+
+    def test_its_files_have_the_names_of_the_contract(self, name: str, trained: Bench):
+        trial = trained.trial
+        assert trained.checkpoints == [trial.intermediate_checkpoint(1).name, trial.final_checkpoint.name]
+        for path in trial.list_checkpoints():
+            read_checkpoint(path, trial.folder)
+        for path in trial.folder.rglob("*"):
+            if path.is_file():
+                relative = PurePosixPath(path.relative_to(trained.study.root).as_posix())
+                assert writer_of(relative) in ("trainer", "optimizer")
+        assert trained.runner.ended_well(trained.live)
+
+    def test_it_tells_how_far_it_is(self, name: str, trained: Bench):
+        progress = trained.live.progress
+        assert progress is not None, trained.log
+        assert (progress.step, progress.steps) == (2 * STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH)
+        assert progress.loss is not None and progress.loss > 0
+        assert trained.plugin.parse_progress("a line that tells nothing") is None
+
+    def test_stopped_at_random_steps_it_leaves_no_process_and_goes_on(self, name: str, bench: Bench, trained: Bench):
+        rng = random.Random(6)
+        for step in (rng.randint(1, STEPS_PER_EPOCH), STEPS_PER_EPOCH + rng.randint(1, 3)):
+            bench.start()
+            bench.wait_for_step(step)
+            report = bench.stop()
+            assert report is not None and report.killed == report.survivors == ()
+            assert bench.strays() == {}
+            assert signal_of(bench.record) == signal.SIGTERM, bench.log
+            for path in bench.trial.list_checkpoints():
+                read_checkpoint(path, bench.trial.folder)
+            assert not bench.trial.final_checkpoint.exists()
+            if bench.plugin.resume_point(bench.trial) is None:
+                bench.runner.set_aside(bench.live)
+        point = bench.plugin.resume_point(bench.trial)
+        assert point is not None and point.state.exists()
+        bench.start()
+        assert bench.finish().exit_status == 0, bench.log
+        assert bench.checkpoints == trained.checkpoints
+        assert bench.runner.ended_well(bench.live)
+        if CASES[name].exact:
+            for file in trained.checkpoints:
+                found, expected = (read_checkpoint(b.trial.folder / file, b.trial.folder) for b in (bench, trained))
+                assert found.sha256 == expected.sha256, file
+
+    def test_a_failure_is_explained_with_its_remedy(self, name: str, tmp_path: Path):
+        if CASES[name].skip:
+            pytest.skip(CASES[name].skip)
+        with Bench(tmp_path, name, CASES[name].broken) as bench:
+            if CASES[name].removed:
+                (tmp_path / CASES[name].removed).unlink()
+            bench.start()
+            assert bench.finish().exit_status not in (0, None), bench.log
+            bench.follow()
+            reason = bench.runner.why_failed(bench.live)
+        assert CASES[name].why in reason
+        assert "; it ended " in reason and f"last lines of {bench.trial.training_log}: " in reason
+        assert not bench.trial.final_checkpoint.exists()
