@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from examples.tiny_world.paths import BASE_MODEL
@@ -81,10 +82,15 @@ class Bench:
     def __exit__(self, *_: object) -> None:
         self._environment.undo()
         self.stop()
+        self.runner.close()
         assert self.strays() == {}
 
     def start(self) -> None:
-        """Start the training, from its saved state where there is one."""
+        """Start the training as soon as the runner would, from its saved state where there is one."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not self.runner.may_start(self.live):
+            assert time.monotonic() < deadline, "it may never start"
+            time.sleep(0.05)
         self.runner.start(self.live, time.monotonic())
 
     def follow(self) -> int:
@@ -131,7 +137,8 @@ class Bench:
         return [path.name for path in self.trial.list_checkpoints()]
 
     def strays(self) -> dict[int, str]:
-        """Every living process of this trial: pid -> command line."""
+        """Every living process of this trial: pid -> command line; but for the one that trainings are forked from."""
         found = processes_of(self._mark)
         found.pop(os.getpid(), None)
-        return found
+        ours = {child.pid for child in psutil.Process().children()}
+        return {pid: line for pid, line in found.items() if pid not in ours or "shared.preload" not in line}
