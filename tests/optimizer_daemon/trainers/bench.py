@@ -27,6 +27,8 @@ from tests.scenarios.lab import DATASET_TOML, MARK, processes_of
 
 STEPS_PER_EPOCH = 6
 PATIENCE_S = 240.0
+_MARK = secrets.token_hex(8)
+"""Every process of a trial, however deep, inherits it in its environment: that is how strays are found."""
 
 PARAMETERS = {
     "learning_rate": 1e-3,
@@ -44,10 +46,13 @@ class Bench:
         root: an empty folder.
         trainer: as `--trainer` takes it.
         table: further lines of the study file, such as the trainer's own table.
+        beside: a bench of the same trainer, whose preloaded process is used; it takes half a minute to make one.
         parameters: what the trial trains with.
     """
 
-    def __init__(self, root: Path, trainer: str = "native", table: str = "", **parameters: Any) -> None:
+    def __init__(
+        self, root: Path, trainer: str = "native", table: str = "", beside: Bench | None = None, **parameters: Any
+    ) -> None:
         (root / "dataset.toml").write_text(DATASET_TOML)
         (root / "study.toml").write_text(
             f'[optimizer]\ntrainer = "{trainer}"\nbase_model = "{BASE_MODEL}"\ndataset_config = "dataset.toml"\n'
@@ -65,24 +70,26 @@ class Bench:
         self.trial: TrialLayout = self.study.trial(1)
         self.trial.folder.mkdir(parents=True)
         self.runner = Runner(self.plugin, self.run)
+        self._borrowed = beside is not None
+        if beside is not None:
+            self.runner._preloaded = beside.runner._preloaded
         self.live = LiveTrial(
             self.trial,
             self.params,
             TrialState(trial=1, optuna_number=0, state="drawn", attempt=1, drawn=datetime.now().astimezone()),
             TrainingLog(self.trial.training_log),
         )
-        self._mark = secrets.token_hex(8)
         self._environment = pytest.MonkeyPatch()
 
     def __enter__(self) -> Bench:
-        # Every process of this trial, however deep, inherits the mark: that is how strays are found.
-        self._environment.setenv(MARK, self._mark)
+        self._environment.setenv(MARK, _MARK)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._environment.undo()
         self.stop()
-        self.runner.close()
+        if not self._borrowed:
+            self.runner.close()
         assert self.strays() == {}
 
     def start(self) -> None:
@@ -138,7 +145,7 @@ class Bench:
 
     def strays(self) -> dict[int, str]:
         """Every living process of this trial: pid -> command line; but for the one that trainings are forked from."""
-        found = processes_of(self._mark)
+        found = processes_of(_MARK)
         found.pop(os.getpid(), None)
         ours = {child.pid for child in psutil.Process().children()}
         return {pid: line for pid, line in found.items() if pid not in ours or "shared.preload" not in line}

@@ -86,10 +86,8 @@ def trained(name: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ben
 
 
 @pytest.fixture
-def bench(name: str, tmp_path: Path) -> Iterator[Bench]:
-    if CASES[name].skip:
-        pytest.skip(CASES[name].skip)
-    with Bench(tmp_path, name, CASES[name].table) as bench:
+def bench(name: str, tmp_path: Path, trained: Bench) -> Iterator[Bench]:
+    with Bench(tmp_path, name, CASES[name].table, beside=trained) as bench:
         yield bench
 
 
@@ -163,10 +161,8 @@ class TestContract:
                 found, expected = (read_checkpoint(b.trial.folder / file, b.trial.folder) for b in (bench, trained))
                 assert found.sha256 == expected.sha256, file
 
-    def test_a_failure_is_explained_with_its_remedy(self, name: str, tmp_path: Path):
-        if CASES[name].skip:
-            pytest.skip(CASES[name].skip)
-        with Bench(tmp_path, name, CASES[name].broken) as bench:
+    def test_a_failure_is_explained_with_its_remedy(self, name: str, tmp_path: Path, trained: Bench):
+        with Bench(tmp_path, name, CASES[name].broken, beside=trained) as bench:
             if CASES[name].removed:
                 (tmp_path / CASES[name].removed).unlink()
             bench.start()

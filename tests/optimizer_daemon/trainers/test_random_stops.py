@@ -87,7 +87,10 @@ def prove(root: Path, stops: int, steps_between: int, seed: int) -> list[Stop]:
     (root / "whole").mkdir()
     (root / "stopped").mkdir()
     done: list[Stop] = []
-    with Bench(root / "whole", max_train_epochs=epochs) as whole, Bench(root / "stopped", max_train_epochs=epochs) as b:
+    with (
+        Bench(root / "whole", max_train_epochs=epochs) as whole,
+        Bench(root / "stopped", beside=whole, max_train_epochs=epochs) as b,
+    ):
         whole.start()
         assert whole.finish().exit_status == 0, whole.log
         for number in range(stops):
