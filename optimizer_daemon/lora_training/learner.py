@@ -109,8 +109,8 @@ class Learner:
 
     @property
     def rates(self) -> list[float]:
-        """Learning rate of each group for the next step."""
-        return [float(rate) for rate in self._lr_scheduler.get_last_lr()]
+        """Learning rates for the next step, as `torch_optimizer.tags` names them."""
+        return self.torch_optimizer.rates(self._lr_scheduler.get_last_lr())
 
     def state(
         self, position: Position, randomness: Randomness, losses: Sequence[float], identity: Mapping[str, Any]

@@ -9,30 +9,51 @@ from types import MappingProxyType
 
 from shared.errors import UserError
 
-# bitsandbytes' optimizers run on CPUs, too; small tensors (below 4096 numbers) keep 32 bits.
+# bitsandbytes' optimizers run on CPUs, too, there without paging; small tensors (below 4096 numbers) keep 32 bits.
+_BITSANDBYTES = (
+    *("AdamW8bit", "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit"),
+    *("Lion", "Lion8bit", "PagedLion8bit", "AdEMAMix8bit", "PagedAdEMAMix8bit"),
+)
+_TORCH = ("AdamW", "Adam", "Adamax", "Adadelta", "Adagrad", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
+_DADAPTATION = ("DAdaptAdaGrad", "DAdaptAdam", "DAdaptAdan", "DAdaptLion", "DAdaptSGD")
+_SCHEDULE_FREE = ("AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree")
+
 NAMED: Mapping[str, str] = MappingProxyType(
-    {
-        "AdamW": "torch.optim.AdamW",
-        "AdamW8bit": "bitsandbytes.optim.AdamW8bit",
-        "Lion": "bitsandbytes.optim.Lion",
-        "Lion8bit": "bitsandbytes.optim.Lion8bit",
+    {name: f"torch.optim.{name}" for name in _TORCH}
+    | {name: f"bitsandbytes.optim.{name}" for name in _BITSANDBYTES}
+    | {
         "Adafactor": "transformers.optimization.Adafactor",
         "Prodigy": "prodigyopt.Prodigy",
-    }
-    # The others of torch.optim that train dense weights in one pass.
-    | {
-        name: f"torch.optim.{name}"
-        for name in ("Adam", "Adamax", "Adadelta", "Adagrad", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
+        "SGDNesterov": "torch.optim.SGD",
+        "SGDNesterov8bit": "bitsandbytes.optim.SGD8bit",
     }
 )
 """Name, which is found in any spelling of capitals -> the class."""
 
-_BY_LOWER = {name.lower(): target for name, target in NAMED.items()}
+OPTIONAL: Mapping[str, str] = MappingProxyType(
+    {name: f"dadaptation.{name}" for name in _DADAPTATION}
+    | {name: f"dadaptation.experimental.{name}" for name in ("DAdaptAdamPreprint", "DAdaptAdanIP")}
+    | {"DAdaptation": "dadaptation.experimental.DAdaptAdamPreprint"}
+    | {name: f"schedulefree.{name}" for name in _SCHEDULE_FREE}
+)
+"""Those whose package comes not with this program; used where it is installed."""
+
+_BY_LOWER = {name.lower(): target for name, target in {**NAMED, **OPTIONAL}.items()}
 
 
 def class_path(optimizer_type: str) -> str:
-    """Return package.module.Class for a name of NAMED; anything else, such as a path, unchanged."""
+    """Return package.module.Class for a known name; anything else, such as a path, unchanged."""
     return _BY_LOWER.get(optimizer_type.lower(), optimizer_type)
+
+
+def has_one_rate(optimizer_type: str) -> bool:
+    """Whether it finds its step size itself, one for all that is trained: Prodigy and the D-Adaptation family."""
+    return class_path(optimizer_type).rpartition(".")[2].lower().startswith(("prodigy", "dadapt"))
+
+
+def is_schedule_free(optimizer_type: str) -> bool:
+    """Whether it needs no course of the learning rates; by its name, as in sd-scripts."""
+    return optimizer_type.lower().endswith("schedulefree")
 
 
 def require_optimizer(optimizer_type: str) -> None:

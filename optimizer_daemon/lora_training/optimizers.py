@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from transformers.optimization import Adafactor
 
 from optimizer_daemon.lora_training.config import TrainConfig
 from optimizer_daemon.lora_training.lora import LoraNetwork
-from optimizer_daemon.lora_training.optimizer_names import NAMED, class_path
+from optimizer_daemon.lora_training.optimizer_names import NAMED, class_path, has_one_rate
 from shared.errors import SettingsError
 
-# Adafactor's own defaults would replace the learning rates by a relative step and refuse a warm-up.
+# Adafactor's own defaults would replace the learning rates by a relative step and refuse a warm-up. Those of SGD are
+# sd-scripts'.
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "adafactor": {"scale_parameter": False, "relative_step": False, "warmup_init": False},
+    "sgdnesterov": {"momentum": 0.9, "nesterov": True},
+    "sgdnesterov8bit": {"momentum": 0.9, "nesterov": True},
 }
 
 
@@ -31,11 +36,40 @@ class TorchOptimizer:
             then the UNet's, where these are trained.
         groups: their names in TensorBoard.
         description: class and arguments, as kohya's ss_optimizer has them.
+        finds_rate: every group has a factor "d" of its learning rate, which the optimizer finds.
     """
 
     optimizer: Optimizer
     groups: tuple[str, ...]
     description: str
+    finds_rate: bool = False
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """The names of `rates` in TensorBoard, below lr/; kohya's."""
+        return (*self.groups, *(f"d*lr/{group}" for group in self.groups if self.finds_rate))
+
+    def rates(self, learning_rates: Sequence[float | Tensor]) -> list[float]:
+        """Return the learning rates of the groups, then those that the optimizer makes of them where it does."""
+        found = [
+            group["d"] * rate
+            for group, rate in zip(self.optimizer.param_groups, learning_rates, strict=True)
+            if self.finds_rate
+        ]
+        return [float(rate) for rate in (*learning_rates, *found)]
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Hold the weights that are the result so far: a schedule-free optimizer trains others than it ends with."""
+        leave, come_back = getattr(self.optimizer, "eval", None), getattr(self.optimizer, "train", None)
+        if leave is None or come_back is None:
+            yield
+            return
+        leave()
+        try:
+            yield
+        finally:
+            come_back()
 
 
 def create_optimizer(config: TrainConfig, network: LoraNetwork) -> TorchOptimizer:
@@ -74,8 +108,12 @@ def create_optimizer(config: TrainConfig, network: LoraNetwork) -> TorchOptimize
         optimizer = build([group for _, group in groups], lr=rate, **arguments, **speed)
     except (TypeError, ValueError) as error:
         raise SettingsError("optimizer_args", config.optimizer_args, f"{name} refuses them: {error}") from error
+    if begin := getattr(optimizer, "train", None):
+        begin()
     shown = ",".join(f"{key}={value}" for key, value in arguments.items())
-    return TorchOptimizer(optimizer, tuple(label for label, _ in groups), f"{name}({shown})" if shown else name)
+    finds_rate = has_one_rate(config.optimizer_type) and all("d" in group for group in optimizer.param_groups)
+    labels = tuple(label for label, _ in groups)
+    return TorchOptimizer(optimizer, labels, f"{name}({shown})" if shown else name, finds_rate)
 
 
 def _require_own_course(config: TrainConfig) -> None:

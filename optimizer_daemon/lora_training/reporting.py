@@ -53,7 +53,7 @@ class Reporter:
         start: where it begins.
         losses: of an interrupted training, for the mean.
         logging_dir: TensorBoard folder; None for none.
-        groups: names of the optimizer's groups.
+        rate_names: of the rates that `step` is given.
     """
 
     def __init__(
@@ -64,12 +64,12 @@ class Reporter:
         start: Position,
         losses: Sequence[float],
         logging_dir: Path | None,
-        groups: Sequence[str],
+        rate_names: Sequence[str],
     ) -> None:
         self.mean = MeanLoss(losses)
         self._epochs = epochs
         self._epoch = start.epoch
-        self._groups = groups
+        self._rate_names = rate_names
         self._pending: list[tuple[int, Sequence[int], Tensor, Sequence[float]]] = []
         self._read_at = time.monotonic()
         self._not_finite = 0
@@ -107,7 +107,7 @@ class Reporter:
             step: its number, counted from 1.
             places: of its batches in the epoch, counted from 0.
             losses: of its batches, scalars on any device.
-            rates: learning rate of each group for the next step.
+            rates: learning rates for the next step, as `rate_names` has them.
         Raises:
             UserError: too many steps in a row had a loss that is not finite.
         """
@@ -158,8 +158,8 @@ class Reporter:
         if self._board is not None:
             self._board.add_scalar("loss/current", current, step)
             self._board.add_scalar("loss/average", self.mean.value, step)
-            for group, rate in zip(self._groups, rates, strict=True):
-                self._board.add_scalar(f"lr/{group}", rate, step)
+            for name, rate in zip(self._rate_names, rates, strict=True):
+                self._board.add_scalar(f"lr/{name}", rate, step)
 
     def _draw(self) -> None:
         # Whoever watches stops a training that says NaN for long, so it is said only of the latest step.

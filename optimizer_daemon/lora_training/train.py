@@ -65,7 +65,7 @@ def _train(config: TrainConfig, data: TrainingData, base: BaseModel, wish: StopW
         start=start,
         losses=losses,
         logging_dir=config.logging_dir,
-        groups=learner.torch_optimizer.groups,
+        rate_names=learner.torch_optimizer.tags,
     ) as reporter:
         _Course(config, data, learner, reporter, identity, metadata).run(start, steps_per_epoch, wish)
     reach("trainer.finished")
@@ -118,7 +118,8 @@ class _Course:
     def _save_weights(self, epoch: int, step: int) -> None:
         path, precision = checkpoint_path(self.config, epoch), self.config.save_precision
         self.reporter.saving(path)
-        save_checkpoint(path, self.learner.network, self.metadata, epoch=epoch, step=step, precision=precision)
+        with self.learner.torch_optimizer.settled():
+            save_checkpoint(path, self.learner.network, self.metadata, epoch=epoch, step=step, precision=precision)
         reach("trainer.checkpoint_saved")
 
     def _save_state(self, position: Position, randomness: Randomness) -> None:

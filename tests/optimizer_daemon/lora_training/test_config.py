@@ -133,6 +133,14 @@ def test_a_broken_file_is_one_error_that_names_it(tmp_path: Path, text: str, mes
         ),
         ({"lr_scheduler": "piecewise_constant"}, "needs its rules; set lr_scheduler_args.step_rules, such as '1:100,"),
         ({"lr_scheduler": "cosine_with_min_lr"}, "needs one lowest rate; set either lr_scheduler_min_lr_ratio or"),
+        (
+            {"optimizer_type": "Prodigy", "unet_lr": 1.0, "text_encoder_lr": 0.5},
+            "optimizer_type 'Prodigy' has one rate for all it trains, but the rates are 0.5, 1.0; make unet_lr and",
+        ),
+        (
+            {"optimizer_type": "AdamWScheduleFree", "lr_scheduler": "cosine"},
+            "optimizer_type 'AdamWScheduleFree' needs no course of the rates, but there is 'cosine'; use lr_scheduler",
+        ),
         ({"adaptive_noise_scale": 0.1}, "adaptive_noise_scale needs noise_offset, which is not set; set it or take"),
         ({"min_timestep": 600, "max_timestep": 500}, "min_timestep 600 lies above max_timestep 500; lower it"),
         ({"loss_type": "l3"}, "loss_type: 'l3' will not do"),
@@ -144,6 +152,6 @@ def test_a_broken_file_is_one_error_that_names_it(tmp_path: Path, text: str, mes
 def test_a_value_that_will_not_do_is_named_with_its_key(tmp_path: Path, changes, message: str):
     values = {**NEEDED, **changes}
     text = "\n".join(f"{key} = {json.dumps(value).replace('Infinity', 'inf')}" for key, value in values.items())
-    with pytest.raises(UserError, match=r"will not do|has no|nothing|needs|above") as caught:
+    with pytest.raises(UserError, match=r"will not do|has no|nothing|needs|above|has one") as caught:
         loaded(tmp_path, text)
     assert message in str(caught.value)

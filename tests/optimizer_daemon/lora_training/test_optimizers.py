@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from torch import nn
 
 from optimizer_daemon.lora_training.config import TrainConfig
 from optimizer_daemon.lora_training.lora import LoraNetwork
+from optimizer_daemon.lora_training.optimizer_names import NAMED, OPTIONAL, has_one_rate, require_optimizer
 from optimizer_daemon.lora_training.optimizers import create_optimizer
 from optimizer_daemon.lora_training.schedulers import create_lr_scheduler
-from shared.errors import SettingsError
+from shared.errors import SettingsError, Stopped, UserError
 from tests.optimizer_daemon.lora_training.test_config import NEEDED
 from tests.optimizer_daemon.lora_training.troublesome import NoOptimizer
+from tests.optimizer_daemon.lora_training.workshop import StopAt, Workshop
 
 
 class CLIPMLP(nn.Module):
@@ -72,6 +76,97 @@ def test_what_runs_is_what_was_named(settings, kind: str, description: str):
     assert [group["lr"] for group in made.optimizer.param_groups] == [5e-5, 2e-4]
 
 
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
+@pytest.mark.parametrize("name", NAMED)
+def test_every_named_optimizer_trains(name: str):
+    lora = network()
+    rate = 1.0 if has_one_rate(name) else 1e-3
+    made = create_optimizer(config(optimizer_type=name, learning_rate=rate), lora)
+    before = [weight.detach().clone() for weight in lora.parameters()]
+    for _ in range(2):
+        sum(weight.square().sum() for weight in lora.parameters()).backward()
+        made.optimizer.step()
+        made.optimizer.zero_grad()
+    norms = [(new.norm(), old.norm()) for new, old in zip(lora.parameters(), before, strict=True) if old.any()]
+    assert all(new < old for new, old in norms) and len(norms) == 2
+
+
+def test_the_package_of_an_optional_optimizer_is_asked_for():
+    missing = [name for name, target in OPTIONAL.items() if importlib.util.find_spec(target.split(".")[0]) is None]
+    for name in missing:
+        package = OPTIONAL[name].split(".")[0]
+        with pytest.raises(UserError, match=rf"{name}' will not do; there is no module {package}\S*, so install"):
+            require_optimizer(name)
+
+
+def test_nesterov_has_sd_scripts_momentum_unless_told_otherwise():
+    (group, _) = create_optimizer(config(optimizer_type="SGDNesterov"), network()).optimizer.param_groups
+    assert (group["momentum"], group["nesterov"]) == (0.9, True)
+    settings = {"optimizer_type": "SGDNesterov", "optimizer_args": {"momentum": 0.5}}
+    (group, _) = create_optimizer(config(**settings), network()).optimizer.param_groups
+    assert (group["momentum"], group["nesterov"]) == (0.5, True)
+
+
+def test_a_rate_that_the_optimizer_finds_is_shown():
+    made = create_optimizer(config(optimizer_type="Prodigy", learning_rate=1.0), network())
+    assert made.tags == ("textencoder", "unet", "d*lr/textencoder", "d*lr/unet")
+    assert made.rates([1.0, 0.5]) == [1.0, 0.5, 1e-6, 0.5e-6]
+    plain = create_optimizer(config(), network())
+    assert (plain.tags, plain.rates([0.1, 0.2])) == (("textencoder", "unet"), [0.1, 0.2])
+
+
+class AveragingScheduleFree(torch.optim.SGD):
+    """Ends with the mean of all weights it has had, as schedule-free optimizers do."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.trains = False
+
+    def step(self, closure=None) -> None:
+        assert self.trains
+        super().step(closure)
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state = self.state[weight]
+                count = state["count"] = state.get("count", 0) + 1
+                mean = state.get("mean", weight.detach())
+                state["mean"] = mean + (weight.detach() - mean) / count
+
+    def train(self) -> None:
+        self.trains = True
+        self._put("last")
+
+    def eval(self) -> None:
+        self.trains = False
+        for group in self.param_groups:
+            for weight in group["params"]:
+                self.state[weight]["last"] = weight.detach().clone()
+        self._put("mean")
+
+    def _put(self, which: str) -> None:
+        for weight, state in self.state.items():
+            if which in state:
+                weight.data.copy_(state[which])
+
+
+def test_a_schedule_free_optimizer_is_saved_with_the_weights_it_ends_with(workshop: Workshop):
+    kind = f"{__name__}.AveragingScheduleFree"
+    settings = {"save_precision": "float", "optimizer_type": kind, "learning_rate": 0.5, "max_grad_norm": 0.0}
+    workshop.train(max_train_epochs=2, save_every_n_epochs=1, **settings)
+    ended = workshop.weights()
+    plain = {**settings, "optimizer_type": "SGD"}
+    weights = []
+    for stop in (2, 3, 4):  # the plain weights after each of the first three steps
+        with pytest.raises(Stopped):
+            workshop.train(StopAt(stop), max_train_epochs=2, **plain)
+        weights.append(torch.load(workshop.state_file, weights_only=True)["network"])
+    workshop.train(max_train_epochs=2, **plain)
+    weights.append(workshop.weights())
+    for name, tensor in ended.items():
+        mean = torch.stack([each[name] for each in weights]).mean(dim=0)
+        torch.testing.assert_close(tensor, mean)
+
+
 def test_eight_bit_states_are_eight_bit_on_a_cpu_too():
     lora = network()
     made = create_optimizer(config(optimizer_type="AdamW8bit", learning_rate=1e-2), lora)
@@ -96,7 +191,7 @@ def test_a_part_that_is_not_trained_has_no_group():
     [
         (
             {"optimizer_type": "AdamX"},
-            "optimizer_type: 'AdamX' will not do; AdamX is no torch optimizer; use one of ASGD, Ada",
+            "optimizer_type: 'AdamX' will not do; AdamX is no torch optimizer; use one of ASGD, AdEMAMix8bit, Ada",
         ),
         (
             {"optimizer_type": "no.such.Thing"},

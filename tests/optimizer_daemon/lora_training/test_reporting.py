@@ -31,7 +31,7 @@ def test_the_bar_says_nan_of_the_latest_step_only(monkeypatch: pytest.MonkeyPatc
     output = io.StringIO()
     monkeypatch.setattr(sys, "stderr", output)
     shown = []
-    with Reporter(epochs=1, total_steps=9, start=Position(), losses=(), logging_dir=None, groups=()) as reporter:
+    with Reporter(epochs=1, total_steps=9, start=Position(), losses=(), logging_dir=None, rate_names=()) as reporter:
         for step, loss in enumerate([2.0, math.nan, 4.0], 1):
             reporter.step(step, [step - 1], [torch.tensor(loss)], [])
             reporter.catch_up()

@@ -66,11 +66,12 @@ def test_wherever_it_stops_it_ends_with_the_same_weights(workshop: Workshop, tmp
         {"optimizer_type": "AdamW8bit", "optimizer_args": {"min_8bit_size": 16}},
         pytest.param({"optimizer_type": "Lion", "learning_rate": 1e-3}, marks=pytest.mark.slow),
         {"optimizer_type": "Adafactor"},
+        {"optimizer_type": "Prodigy", "learning_rate": 1.0},
         pytest.param(
             {"optimizer_type": "torch.optim.SGD", "optimizer_args": {"momentum": 0.9}}, marks=pytest.mark.slow
         ),
     ],
-    ids=["AdamW8bit", "Lion", "Adafactor", "any class"],
+    ids=["AdamW8bit", "Lion", "Adafactor", "Prodigy", "any class"],
 )
 def test_every_optimizer_goes_on_exactly(workshop: Workshop, tmp_path: Path, optimizer):
     settings = {**SETTINGS, "lr_scheduler": "cosine_with_restarts", "lr_warmup_steps": 3, **optimizer}
