@@ -7,6 +7,7 @@ SIGTERM and SIGINT, with the state saved in state_dir.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +45,8 @@ def main(arguments: Sequence[str]) -> int:
     except OSError as error:
         raise DiskError(config.output_dir, error) from error
     wish.check()
+    # On CPUs with AVX512-BF16 it asks on stderr for a package of kernels that only 4-bit weights would need.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # Takes seconds, so it comes after everything that can be refused without it.
     from optimizer_daemon.lora_training.train import train
 
