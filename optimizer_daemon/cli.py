@@ -20,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Entry point of the console command; exits with the codes of `shared.errors`."""
     verbs = (
         Verb("run", "run a study, or continue it", _declare_run),
+        Verb("check", "look at a study's space and input before it begins; needs no GPU", _declare_check),
         Verb("status", "show a study and its best trials", _declare_status),
         Verb("pause", "start no more trials; what trains goes on", _declare_pause),
         Verb("resume", "start trials again after a pause", _declare_resume),
@@ -46,6 +47,19 @@ def _declare_run(parser: argparse.ArgumentParser) -> Run:
     )
     add_settings_flags(parser, _settings_model())
     return _run
+
+
+def _declare_check(parser: argparse.ArgumentParser) -> Run:
+    from shared.settings import add_settings_flags
+
+    parser.description = (
+        "Look at everything a study is given, before it begins and without a GPU: how much of the search space its "
+        "rules leave, rules that never fire, values nobody can reach, ten configurations as they would be drawn, the "
+        "trainer's command and the disk that is needed. Nothing is written."
+    )
+    add_settings_flags(parser, _settings_model())
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return _check
 
 
 def _declare_status(parser: argparse.ArgumentParser) -> Run:
@@ -188,6 +202,17 @@ def _run(arguments: argparse.Namespace) -> int:
     from optimizer_daemon.daemon import OptimizerDaemon  # a second of Optuna, so wrong settings are told before
 
     OptimizerDaemon(settings).run()
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from optimizer_daemon.settings import load_optimizer_settings
+
+    settings = load_optimizer_settings(arguments)
+    from optimizer_daemon.check import check, check_text
+
+    found = check(settings)
+    print(json.dumps(found, indent=2) if arguments.json else check_text(found))
     return 0
 
 

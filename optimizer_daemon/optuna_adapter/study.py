@@ -106,7 +106,10 @@ class TuningStudy:
     `open` continues the study of that name in that storage, or makes it.
     """
 
-    def __init__(self, study: optuna.Study, sampler: FeasibleSampler, stage: str | None) -> None:
+    def __init__(
+        self, study: optuna.Study, sampler: FeasibleSampler, stage: str | None, close: Callable[[], None]
+    ) -> None:
+        self.close = close
         self._study = study
         self._sampler = sampler
         self._stage = stage
@@ -156,7 +159,7 @@ class TuningStudy:
             except (StorageInternalError, SQLAlchemyError) as error:
                 raise _not_opened(storage_url, error) from error
             refused.pop_all()
-        return cls(study, feasible, stage)
+        return cls(study, feasible, stage, storage.engine.dispose)
 
     @_with_remedy
     def ask(self) -> Draw:

@@ -101,7 +101,7 @@ class SearchSpace:
                     name: first[name] if name in first else parameter.draw(rng)
                     for name, parameter in self.parameters.items()
                 }
-                objection = next(self._objections(self._add_derived({**values})), None)
+                objection = next(self._objections(self.with_derived(values)), None)
                 if objection is None:
                     return values
                 objections[objection] += 1
@@ -124,7 +124,7 @@ class SearchSpace:
         for name, parameter in self.parameters.items():
             for value in parameter.ends:
                 values = {**first, name: value}
-                if next(self._objections(self._add_derived({**values})), None) is not None:
+                if next(self._objections(self.with_derived(values)), None) is not None:
                     try:
                         values = self._fixed(name, value).draw(rng)
                     except UserError:
@@ -143,9 +143,11 @@ class SearchSpace:
         return {self.start_up.parameter: self.start_up.draw(rng, parameter)}
 
     def _derive(self, values: Mapping[str, Value]) -> dict[str, Value]:
-        return self._add_derived({name: parameter.snap(values[name]) for name, parameter in self.parameters.items()})
+        return self.with_derived({name: parameter.snap(values[name]) for name, parameter in self.parameters.items()})
 
-    def _add_derived(self, params: dict[str, Value]) -> dict[str, Value]:
+    def with_derived(self, values: Mapping[str, Value]) -> dict[str, Value]:
+        """Return a configuration with its derived values; the declared ones are taken as they are."""
+        params = dict(values)
         for name, expression in self.derived.items():
             params[name] = expression(params)
         return params
