@@ -26,6 +26,7 @@ def out_of_memory(
     batch_size: str = "batch_size in the data-set TOML",
     gradient_checkpointing: bool = False,
     network_dim: int | None = None,
+    workers: int = 0,
 ) -> str:
     """Return the message for people, with what to do, the cheapest first.
 
@@ -34,10 +35,13 @@ def out_of_memory(
         batch_size: where the batch size is set, with its line where one is known.
         gradient_checkpointing: it is on already.
         network_dim: the rank that did not fit.
+        workers: processes that load pictures; each holds a copy of the data set's tables in the host's memory.
     """
     remedies = [f"lower {batch_size}"]
     if not gradient_checkpointing:
         remedies.append("set gradient_checkpointing = true")
     remedies.append("use a smaller network_dim" + (f" than {network_dim}" if network_dim is not None else ""))
+    if memory == "host" and workers > 1:
+        remedies.insert(0, f"set max_data_loader_n_workers = {min(4, workers // 2)} instead of {workers}")
     last = "pass --gpu-policy defer" if memory == "GPU" else "close other programs"
     return f"out of memory on the {memory}: {', '.join(remedies)}, or {last}"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from optimizer_daemon.lifecycle import signal_of
-from optimizer_daemon.lora_training.memory import memory_that_ran_out, out_of_memory
+from optimizer_daemon.lora_training.memory import Memory, memory_that_ran_out, out_of_memory
 from shared.schemas import TrainerExit
 
 _ERROR_PREFIX = "error: "
@@ -19,15 +19,23 @@ _CANNOT_START = (126, 127)  # as shells and our supervisor have it
 _GIB = 2**30
 
 
-def explain(record: TrainerExit | None, last_lines: Sequence[str]) -> str:
-    """Return one sentence for a training that failed; its own error line where it wrote one."""
+def explain(
+    record: TrainerExit | None, last_lines: Sequence[str], *, remedies: Callable[[Memory], str] = out_of_memory
+) -> str:
+    """Return one sentence for a training that failed; its own error line where it wrote one.
+
+    Args:
+        record: how it ended; None when its supervisor was killed.
+        last_lines: the end of its log.
+        remedies: says what helps when a memory ran out.
+    """
     if own := [line.removeprefix(_ERROR_PREFIX) for line in last_lines if line.startswith(_ERROR_PREFIX)]:
         return own[-1].strip()
     if record is not None and signal_of(record) == signal.SIGKILL and record.oom_kills:
         peak = f"; one of its processes had held {record.peak_memory / _GIB:.1f} GiB" if record.peak_memory else ""
-        return f"{out_of_memory('host')} (killed by the kernel for want of memory, see dmesg{peak})"
+        return f"{remedies('host')} (killed by the kernel for want of memory, see dmesg{peak})"
     if memory := memory_that_ran_out("\n".join(last_lines)):
-        return out_of_memory(memory)
+        return remedies(memory)
     if full := [line for line in last_lines if _FULL_DISK.search(line)]:
         return f"the disk is full: {full[-1].strip()}; free space, then start the study again"
     if record is None:

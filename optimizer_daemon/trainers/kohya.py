@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from optimizer_daemon.trainers import kohya_checks as checks
 from optimizer_daemon.trainers.base import LaunchPlan, ResumePoint, TrainerInput
-from optimizer_daemon.trainers.diagnosis import explain
 from optimizer_daemon.trainers.kohya_config import (
     CLIP_SKIP,
     PYTHON_PATH,
@@ -20,6 +20,7 @@ from optimizer_daemon.trainers.kohya_config import (
     training_config,
 )
 from optimizer_daemon.trainers.kohya_data import dataset_path, make_dataset, remove_broken_latents
+from optimizer_daemon.trainers.kohya_diagnosis import diagnose
 from optimizer_daemon.trainers.kohya_state import newest_state
 from shared.clip_tokenizers import kohya_tokenizer_folder
 from shared.devices import resolve_device
@@ -57,16 +58,15 @@ class KohyaTrainer:
         trial = StudyLayout(Path("/study")).trial(1)
         configs = [training_config(params, trial, study) for params in given.trials]
         script = SCRIPTS[family].removesuffix(".py")
-        answer = checks.ask(directory, python, script, configs[0] if configs else {}, dataset)
+        with TemporaryDirectory() as folder:
+            if _TORCH_OPTIMIZERS.is_dir():
+                publish_optimizers(_TORCH_OPTIMIZERS, Path(folder))
+            path = [folder, *_python_path(given.trainer)]
+            answer = checks.ask(directory, python, script, configs, dataset, python_path=path)
         version = checks.version_of(directory)
         for config in configs:
             checks.require_known(given, config, answer, version)
-        if "config_error" in answer:
-            raise UserError(
-                f"[trainer.kohya]: sd-scripts refuse these settings: {answer['config_error']}; correct them"
-            )
-        if "dataset_error" in answer:
-            raise UserError(f"{given.dataset_config}: sd-scripts refuse it: {answer['dataset_error']}; correct that")
+        checks.require_accepted(given.dataset_config, answer)
         return version
 
     def clip_skip(self, given: TrainerInput) -> int:
@@ -119,7 +119,7 @@ class KohyaTrainer:
 
     def diagnose(self, record: TrainerExit | None, last_lines: Sequence[str]) -> str:
         """Return what kohya's end and its last lines mean."""
-        return explain(record, last_lines)
+        return diagnose(record, last_lines)
 
 
 TRAINER = KohyaTrainer()

@@ -6,7 +6,7 @@ import importlib
 import json
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,14 +150,24 @@ def require_dataset(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     return document
 
 
-def ask(directory: Path, python: str, script: str, config: Mapping[str, Any], dataset: Mapping[str, Any]) -> Any:
+def ask(
+    directory: Path,
+    python: str,
+    script: str,
+    configs: Sequence[Mapping[str, Any]],
+    dataset: Mapping[str, Any],
+    *,
+    python_path: Sequence[str],
+) -> Any:
     """Return kohya_inspect's answer.
 
+    Args:
+        python_path: folders of optimizers that are not kohya's.
     Raises:
         SettingsError: the Python gives none, is no direct one, or its environment will not do.
     """
-    question = {"directory": str(directory), "script": script, "config": dict(config), "dataset": dict(dataset)}
-    environment = child_environment() | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "COLUMNS": "240"}
+    question = {"directory": str(directory), "script": script, "configs": list(configs), "dataset": dataset}
+    environment = child_environment() | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ":".join(python_path), "COLUMNS": "240"}
     try:
         with subprocess.Popen(
             (python, str(Path(kohya_inspect.__file__))),
@@ -209,6 +219,26 @@ def require_known(given: TrainerInput, config: Mapping[str, Any], answer: Mappin
             )
         if (expected := _fault(value, options[name])) is not None:
             raise UserError(f"{where}: {value!r} will not do; {expected} is expected")
+
+
+def require_accepted(dataset_config: Path, answer: Mapping[str, Any]) -> None:
+    """See that sd-scripts' own functions have refused nothing.
+
+    Raises:
+        UserError: they have.
+    """
+    if (refused := answer.get("refused")) is not None:
+        raise UserError(
+            f"sd-scripts refuse {refused['what']}: {_english(refused['error'])}; correct the search space or "
+            "[trainer.kohya], or install what is missing in kohya's environment"
+        )
+    if "dataset_error" in answer:
+        raise UserError(f"{dataset_config}: sd-scripts refuse it: {_english(answer['dataset_error'])}; correct that")
+
+
+def _english(message: str) -> str:
+    """Return a message of sd-scripts without its Japanese half."""
+    return message.partition(" / ")[0].strip()
 
 
 def _subsets(path: Path, document: Mapping[str, Any]) -> list[tuple[dict[str, Any], Any]]:

@@ -4,11 +4,11 @@ It needs nothing of ours. Input, JSON on stdin:
 
     directory   the checkout
     script      the module whose setup_parser() is asked, e.g. "train_network"
-    config      settings of one training, as its train_config.toml holds them
+    configs     settings of trainings, each as its train_config.toml holds them
     dataset     document of the data set
 
 Output, after MARK on a line of its own: pid, versions, and then what could be found out: `import_error`, or `options`,
-`config_error` and `dataset_error`.
+`refused` and `dataset_error`. `refused` is what sd-scripts' own functions say to the first settings that they refuse.
 """
 
 from __future__ import annotations
@@ -69,24 +69,43 @@ def describe(action: argparse.Action) -> dict[str, Any]:
 
 
 def verdict(parser: argparse.ArgumentParser, asked: dict[str, Any]) -> dict[str, Any]:
-    """Let the script's own functions look at a training's settings and at the data set."""
+    """Let the script's own functions look at the trainings' settings and at the data set."""
     util = importlib.import_module("library.train_util")
     config_util = importlib.import_module("library.config_util")
     known = {action.dest for action in parser._actions}
-    settings = {name: value for name, value in asked["config"].items() if name in known}
+    answer: dict[str, Any] = {}
+    masked_loss = False
+    for config in asked["configs"]:
+        settings = {name: value for name, value in config.items() if name in known}
+        what = "the settings"
+        try:
+            arguments = parser.parse_args([], namespace=argparse.Namespace(**settings))
+            util.verify_training_args(arguments)
+            util.prepare_dataset_args(arguments, True)
+            masked_loss = bool(arguments.masked_loss)
+            sanitizer = config_util.ConfigSanitizer(True, True, masked_loss, True)
+            sanitizer.sanitize_argparse_namespace(arguments)
+            what = f"network_module {arguments.network_module!r}"
+            importlib.import_module(arguments.network_module)
+            what = f"optimizer_type {arguments.optimizer_type!r} with optimizer_args {arguments.optimizer_args}"
+            optimizer = make_optimizer(util, arguments)
+            what = f"lr_scheduler {arguments.lr_scheduler!r} with lr_scheduler_args {arguments.lr_scheduler_args}"
+            util.get_scheduler_fix(arguments, optimizer, 1)
+        except (Exception, SystemExit) as error:  # noqa: BLE001  as above
+            answer["refused"] = {"what": what, "error": f"{type(error).__name__}: {error}"}
+            break
     try:
-        arguments = parser.parse_args([], namespace=argparse.Namespace(**settings))
-        util.verify_training_args(arguments)
-        util.prepare_dataset_args(arguments, True)
-        sanitizer = config_util.ConfigSanitizer(True, True, bool(arguments.masked_loss), True)
-        sanitizer.sanitize_argparse_namespace(arguments)
-    except (Exception, SystemExit) as error:  # noqa: BLE001  as above
-        return {"config_error": f"{type(error).__name__}: {error}"}
-    try:
-        sanitizer.sanitize_user_config(asked["dataset"])
+        config_util.ConfigSanitizer(True, True, masked_loss, True).sanitize_user_config(asked["dataset"])
     except Exception as error:  # noqa: BLE001  as above
-        return {"dataset_error": str(error)}
-    return {}
+        answer["dataset_error"] = str(error)
+    return answer
+
+
+def make_optimizer(util: Any, arguments: argparse.Namespace) -> Any:
+    """Return the optimizer of a training, made by the script's own function for one small weight."""
+    torch = importlib.import_module("torch")
+    weight = torch.nn.Parameter(torch.zeros(4, 4))
+    return util.get_optimizer(arguments, [{"params": [weight], "lr": arguments.learning_rate}])[2]
 
 
 if __name__ == "__main__":
