@@ -1,4 +1,7 @@
-"""Base models and other networks on disk: what may be used, and its identity. No network library is needed."""
+"""Base models and other networks on disk: what may be used, and its identity. No network library is needed.
+
+A base model is a diffusers folder or one .safetensors file; other networks are folders.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shared.errors import CheckpointError, SettingsError
-from shared.safetensors_file import read_header
+from shared.held_out import file_digest
+from shared.safetensors_file import MAX_MODEL_BYTES, read_header
+from shared.single_file import SingleFile, config_folder, read_single_file
 
 _COMPONENTS = {  # component -> the file that says what it is
     "unet": "config.json",
@@ -30,21 +35,52 @@ _FAMILY_OF_PIPELINE: dict[str, Literal["sd15", "sdxl"]] = {
 }
 _WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _NEEDS = "its unet/config.json needs sample_size, its vae's block_out_channels"
+_NAME_A_MODEL = "name a diffusers folder, which holds model_index.json, or one .safetensors file"
 _NOT_RENDERING = {"safety_checker", "feature_extractor", "image_encoder"}
 
 
-def digest_model(folder: Path, *, setting: str = "--base-model") -> str:
-    """Return the identity of a model folder: SHA-256 over the names and contents of what a loader reads.
+def digest_model(model: Path, *, setting: str = "--base-model") -> str:
+    """Return the identity of a model: of a single file its SHA-256, by which other programs know it as well.
+
+    Of a folder it is SHA-256 over the names and contents of what a loader reads; so it is of a single file that has
+    configurations of its own beside it.
 
     Args:
-        folder: a diffusers folder, or one model in transformers' layout, such as a CLIP.
-        setting: how the user named the folder, for messages.
+        model: a single file, a diffusers folder, or one model in transformers' layout, such as a CLIP.
+        setting: how the user named it, for messages.
     Raises:
         SettingsError: there is no such model, or a file of it cannot be read.
     """
+    if not model.is_file():
+        return _digest_files(model, _model_files(model, setting), setting)
+    whole = file_digest(model, setting)
+    own = config_folder(model)
+    if not own.is_dir():
+        return whole
+    files = sorted(file for file in own.rglob("*") if file.is_file())
+    return hashlib.sha256(f"{whole}\n{_digest_files(own, files, setting)}\n".encode()).hexdigest()
+
+
+def digest_part(base_model: Path, part: str, *, setting: str = "--base-model") -> str:
+    """Return the identity of one part of a base model, such as "vae"; raises as `digest_model`."""
+    if not base_model.is_file():
+        return digest_model(base_model / part, setting=setting)
+    single = read_single_file(base_model, setting=setting)
+    try:
+        return single.part_digest(part)
+    except OSError as error:
+        raise SettingsError(setting, str(base_model), f"make it readable ({error.strerror})") from error
+
+
+def single_file_of(base_model: Path, *, setting: str = "--base-model") -> SingleFile | None:
+    """Return what a single-file base model holds; None for a diffusers folder. Raises as `read_single_file`."""
+    return read_single_file(base_model, setting=setting) if base_model.is_file() else None
+
+
+def _digest_files(folder: Path, files: Collection[Path], setting: str) -> str:
     digest = hashlib.sha256()
     try:
-        for file in _model_files(folder, setting):
+        for file in files:
             content = hashlib.sha256()
             with file.open("rb") as opened:
                 while block := opened.read(1 << 20):
@@ -58,24 +94,22 @@ def digest_model(folder: Path, *, setting: str = "--base-model") -> str:
 def require_base_model(
     folder: Path, *, setting: str = "--base-model", pipelines: Collection[str] = tuple(_PIPELINES)
 ) -> None:
-    """Refuse what is no whole Stable Diffusion 1.x, 2.x or SDXL pipeline; only its small files and headers are read.
+    """Refuse what is no whole Stable Diffusion 1.x, 2.x or SDXL model; only its small files and headers are read.
 
     Args:
+        folder: a diffusers folder, or a single file of Stable Diffusion 1.x or SDXL.
         pipelines: the classes that will do here.
     Raises:
-        SettingsError: a single file, no diffusers folder, another family, or a part that is missing or cut short.
+        SettingsError: neither, another family, or a part that is missing or cut short.
     """
-    if folder.is_file():
-        raise SettingsError(
-            setting, str(folder), "a single file cannot be used; convert it to a diffusers folder and name that"
-        )
+    if (single := single_file_of(folder, setting=setting)) is not None:
+        _require_pipeline(folder, single.pipeline, pipelines, setting)
+        return
     index = folder / "model_index.json"
     if not index.is_file():
-        raise SettingsError(setting, str(folder), "name a diffusers folder; it holds model_index.json")
+        raise SettingsError(setting, str(folder), _NAME_A_MODEL)
     pipeline = str(_read_json(index, setting).get("_class_name"))
-    if pipeline not in pipelines:
-        named = " or a ".join(f"{name} ({_FAMILIES[name]})" for name in pipelines)
-        raise SettingsError(setting, str(folder), f"it is a {pipeline}; name a {named}")
+    _require_pipeline(folder, pipeline, pipelines, setting)
     components = _PIPELINES[pipeline]
     missing = [f"{part}/{file}" for part, file in components.items() if not (folder / part / file).is_file()]
     if missing:
@@ -89,12 +123,20 @@ def family_of(base_model: Path) -> Literal["sd15", "sdxl"] | None:
     """Return what --model-family calls the family of a base model; None where it says none that is known.
 
     Raises:
-        SettingsError: its model_index.json cannot be read.
+        SettingsError: its model_index.json or its header cannot be read.
     """
+    if (single := single_file_of(base_model)) is not None:
+        return single.family
     index = base_model / "model_index.json"
     if not index.is_file():
         return None
     return _FAMILY_OF_PIPELINE.get(str(_read_json(index, "--base-model").get("_class_name")))
+
+
+def _require_pipeline(model: Path, pipeline: str, pipelines: Collection[str], setting: str) -> None:
+    if pipeline not in pipelines:
+        named = " or a ".join(f"{name} ({_FAMILIES[name]})" for name in pipelines)
+        raise SettingsError(setting, str(model), f"it is a {pipeline}; name a {named}")
 
 
 def require_clip_model(folder: Path, *, setting: str = "--clip-model") -> None:
@@ -190,14 +232,16 @@ def _require_weights(folder: Path, setting: str) -> None:
         if file.suffix == ".safetensors":
             real = file.resolve()  # a download cache keeps the content elsewhere and links to it
             try:
-                read_header(real, real.parent)
+                read_header(real, real.parent, max_bytes=MAX_MODEL_BYTES)
             except CheckpointError as error:
                 raise SettingsError(setting, str(file), f"{error.reason}; copy that file again") from error
 
 
 def _config(base_model: Path, component: str) -> dict[str, Any]:
+    if (single := single_file_of(base_model)) is not None:
+        return single.configs[component]
     if not (base_model / "model_index.json").is_file():
-        raise SettingsError("--base-model", str(base_model), "name a diffusers folder; it holds model_index.json")
+        raise SettingsError("--base-model", str(base_model), _NAME_A_MODEL)
     return _read_json(base_model / component / "config.json", "--base-model")
 
 

@@ -41,7 +41,7 @@ def make_plan(
     """Freeze everything that decides a checkpoint's pixels and scores; settings beyond these have their defaults.
 
     Args:
-        base_model: diffusers folder.
+        base_model: diffusers folder or single file.
         prompts: with options of their own where they are no plain text.
         device: decides the number format only; "auto", "cpu", "cuda" or "cuda:N".
         clip_skip: the training's, 1 for the text encoder's last layer.

@@ -17,7 +17,7 @@ acceptance as on refusal, only when `is_stable(first.stamp, second.stamp)`; a ch
 The file is never memory-mapped: truncating a mapped file kills the reader with SIGBUS.
 """
 
-from shared.safetensors_file.header import MAX_FILE_BYTES
+from shared.safetensors_file.header import MAX_FILE_BYTES, MAX_MODEL_BYTES
 from shared.safetensors_file.lora import Family, LoraLayout, LoraModule, lora_modules, lora_ranks
 from shared.safetensors_file.reading import read_checkpoint, read_header, stamp_of
 from shared.safetensors_file.records import Checkpoint, Header, Stamp, Tensor, is_stable
@@ -27,6 +27,7 @@ __all__ = [
     "CODES",
     "INCOMPLETE_CODES",
     "MAX_FILE_BYTES",
+    "MAX_MODEL_BYTES",
     "REFUSED_CODES",
     "Checkpoint",
     "Family",

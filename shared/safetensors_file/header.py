@@ -20,6 +20,7 @@ from shared.safetensors_file.values import ITEMSIZE
 
 MAX_HEADER_BYTES = 8 * 2**20
 MAX_FILE_BYTES = 4 * 2**30  # twice the largest SDXL LoRA; the bytes are held in memory
+MAX_MODEL_BYTES = 32 * 2**30  # of a base model, whose header alone is read: SDXL in float32 has 14 GB
 MAX_TENSORS = 20_000
 MAX_NAME_CHARACTERS = 512
 MAX_DIMENSIONS = 8
@@ -28,12 +29,13 @@ _METADATA = "__metadata__"
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
-def parse_header(path: Path, text: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+def parse_header(path: Path, text: bytes, max_bytes: int = MAX_FILE_BYTES) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors in data order, and the metadata.
 
     Args:
         path: the file, for messages.
         text: the whole JSON header, at most MAX_HEADER_BYTES.
+        max_bytes: how large the file may be.
     Raises:
         RefusedCheckpointError: the header breaks a bound.
     """
@@ -43,7 +45,7 @@ def parse_header(path: Path, text: bytes) -> tuple[dict[str, Tensor], dict[str, 
         raise refused(path, "no_tensors", "holds no tensor; the trainer saved an empty model")
     if len(document) > MAX_TENSORS:
         raise refused(path, "too_many_tensors", f"holds {len(document)} tensors, more than {MAX_TENSORS}")
-    tensors = {name: _tensor(path, name, entry) for name, entry in document.items()}
+    tensors = {name: _tensor(path, name, entry, max_bytes) for name, entry in document.items()}
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end, item[0])))
     _require_contiguous(path, tensors)
     return tensors, metadata
@@ -112,7 +114,7 @@ def _metadata(path: Path, table: object) -> dict[str, str]:
     return table
 
 
-def _tensor(path: Path, name: str, entry: object) -> Tensor:
+def _tensor(path: Path, name: str, entry: object, max_bytes: int) -> Tensor:
     # Names never become paths here, but other programs read the same file.
     if not 0 < len(name) <= MAX_NAME_CHARACTERS or not name.isprintable() or any(s in name for s in ("/", "\\", "..")):
         raise refused(
@@ -130,19 +132,19 @@ def _tensor(path: Path, name: str, entry: object) -> Tensor:
             "dtype",
             f"tensor {shown(name)} has dtype {reprlib.repr(dtype)}; one of {', '.join(ITEMSIZE)} is needed",
         )
-    if not _are_bounded(shape) or len(shape) > MAX_DIMENSIONS:
+    if not _are_bounded(shape, max_bytes) or len(shape) > MAX_DIMENSIONS:
         raise refused(
             path,
             "shape",
             f"tensor {shown(name)} has shape {reprlib.repr(shape)}; at most {MAX_DIMENSIONS} integers from 0 to "
-            f"{MAX_FILE_BYTES} are accepted",
+            f"{max_bytes} are accepted",
         )
-    if not _are_bounded(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+    if not _are_bounded(offsets, max_bytes) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise refused(
             path,
             "offsets",
             f"tensor {shown(name)} has data_offsets {reprlib.repr(offsets)}; [start, end] with 0 <= start <= end <= "
-            f"{MAX_FILE_BYTES} is needed",
+            f"{max_bytes} is needed",
         )
     start, end = offsets
     if end - start != math.prod(shape) * ITEMSIZE[dtype]:
@@ -155,9 +157,9 @@ def _tensor(path: Path, name: str, entry: object) -> Tensor:
     return Tensor(dtype, tuple(shape), start, end)
 
 
-def _are_bounded(numbers: object) -> bool:
+def _are_bounded(numbers: object, max_bytes: int) -> bool:
     """Say whether this is a list of integers (True and False are none) that a file can hold."""
-    return isinstance(numbers, list) and all(type(n) is int and 0 <= n <= MAX_FILE_BYTES for n in numbers)
+    return isinstance(numbers, list) and all(type(n) is int and 0 <= n <= max_bytes for n in numbers)
 
 
 def _require_contiguous(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -35,20 +35,21 @@ def stamp_of(path: Path) -> Stamp:
         raise _explained(path, error) from error
 
 
-def read_header(path: Path, inside: Path) -> Header:
+def read_header(path: Path, inside: Path, *, max_bytes: int = MAX_FILE_BYTES) -> Header:
     """Prove by the header alone that the file is complete and within all bounds.
 
     Args:
         path: the weight file.
         inside: the folder it must lie in, symbolic links resolved.
+        max_bytes: how large the file may be.
     Raises:
         IncompleteCheckpointError: cut short, gone or unreadable; look again later.
         RefusedCheckpointError: longer than promised, or a bound is broken. Act on it only when the stamp is stable.
     """
-    with _opened(path, inside) as (file, stamp):
+    with _opened(path, inside, max_bytes) as (file, stamp):
         head = file.read(_PREFIX_BYTES)
         head += file.read(min(int.from_bytes(head, "little"), MAX_HEADER_BYTES))
-    return _proven_header(path, stamp, head, stamp.size)
+    return _proven_header(path, stamp, head, stamp.size, max_bytes)
 
 
 def read_checkpoint(path: Path, inside: Path) -> Checkpoint:
@@ -62,14 +63,14 @@ def read_checkpoint(path: Path, inside: Path) -> Checkpoint:
         RefusedCheckpointError: never acceptable as it is.
         ResourceError: there is no memory for it.
     """
-    with _opened(path, inside) as (file, stamp):
+    with _opened(path, inside, MAX_FILE_BYTES) as (file, stamp):
         try:
             raw = file.read(stamp.size)
         except MemoryError as error:
             raise ResourceError(
                 f"{path}: no memory for its {stamp.size} bytes; close other programs, or remove the file"
             ) from error
-    header = _proven_header(path, stamp, raw, len(raw))
+    header = _proven_header(path, stamp, raw, len(raw), MAX_FILE_BYTES)
     data_hash = hashlib.sha256(memoryview(raw)[header.data_start :])
     _require_hash(header, data_hash.hexdigest())
     _require_finite(header, raw)
@@ -103,7 +104,7 @@ def _opener(name: str, flags: int) -> int:
 
 
 @contextmanager
-def _opened(path: Path, inside: Path) -> Iterator[tuple[BinaryIO, Stamp]]:
+def _opened(path: Path, inside: Path, max_bytes: int) -> Iterator[tuple[BinaryIO, Stamp]]:
     """Open a regular file of bounded size that lies inside a folder, and check that reading it met no writer.
 
     OSErrors, the caller's too, become CheckpointErrors. Judge what was read only after leaving: a file that changed
@@ -117,8 +118,8 @@ def _opened(path: Path, inside: Path) -> Iterator[tuple[BinaryIO, Stamp]]:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise refused(path, "not_a_file", "is not a regular file; remove it from the trial's folder")
-            if status.st_size > MAX_FILE_BYTES:
-                raise refused(path, "too_large", f"has {status.st_size} bytes; at most {MAX_FILE_BYTES} are accepted")
+            if status.st_size > max_bytes:
+                raise refused(path, "too_large", f"has {status.st_size} bytes; at most {max_bytes} are accepted")
             stamp = Stamp.of(status)
             yield file, stamp
             if Stamp.of(os.fstat(file.fileno())) != stamp:
@@ -140,7 +141,7 @@ def _explained(path: Path, error: OSError) -> CheckpointError:
     )
 
 
-def _proven_header(path: Path, stamp: Stamp, head: bytes, size: int) -> Header:
+def _proven_header(path: Path, stamp: Stamp, head: bytes, size: int, max_bytes: int) -> Header:
     """Judge the first bytes of a file, at least the whole header, against the file's size in bytes."""
     if len(head) < _PREFIX_BYTES:
         raise incomplete(path, "incomplete", f"has {len(head)} of the {_PREFIX_BYTES} bytes of the header's length")
@@ -155,10 +156,10 @@ def _proven_header(path: Path, stamp: Stamp, head: bytes, size: int) -> Header:
     text = head[_PREFIX_BYTES:data_start]
     if len(text) < length:
         raise incomplete(path, "incomplete", f"has {len(text)} of {length} bytes of its header")
-    tensors, metadata = parse_header(path, text)
+    tensors, metadata = parse_header(path, text, max_bytes)
     promised = data_start + max(tensor.end for tensor in tensors.values())
-    if promised > MAX_FILE_BYTES:
-        raise refused(path, "too_large", f"promises {promised} bytes; at most {MAX_FILE_BYTES} are accepted")
+    if promised > max_bytes:
+        raise refused(path, "too_large", f"promises {promised} bytes; at most {max_bytes} are accepted")
     if size < promised:
         raise incomplete(path, "incomplete", f"has {size} of {promised} bytes")
     if size > promised:
