@@ -29,6 +29,7 @@ from shared.errors import CheckpointError, DeviceBusyError, LabError, ResourceEr
 from shared.gpu_lease import GpuLease
 from shared.layout import StudyLayout
 from shared.metric_names import NEEDS, is_random_backbone
+from shared.model_folders import single_file_of
 from shared.safetensors_file import read_header
 from shared.scoring_presets import metrics_of
 
@@ -198,7 +199,12 @@ def _got(lease: GpuLease, timeout_s: float) -> bool:
 
 def loaded_bytes(job: Job) -> int:
     """Return what the parts that render, and the networks that the plan's metrics use, take in memory, bytes."""
-    total = sum(weight_bytes(job.base_model / part, job.plan.dtype) for part in _RENDERING)
+    single = single_file_of(job.base_model)
+    if single is None:
+        total = sum(weight_bytes(job.base_model / part, job.plan.dtype) for part in _RENDERING)
+    else:
+        shapes = [shape for part in single.shapes.values() for shape in part.values()]
+        total = sum(map(math.prod, shapes)) * _element_bytes(job.plan.dtype)
     needs = {need for name in metrics_of(job.plan) for need in NEEDS[name]}
     if job.clip_model is not None and ("clip" in needs or ("clip or dino" in needs and job.dino_model is None)):
         total += weight_bytes(job.clip_model, "float32")
@@ -220,7 +226,7 @@ def weight_bytes(folder: Path, dtype: str) -> int:
     """
     if not folder.is_dir():
         return 0
-    element = 4 if dtype == "float32" else 2
+    element = _element_bytes(dtype)
     sets: dict[str, list[Path]] = {"safetensors": [], "bin": []}
     for file in folder.iterdir():
         if found := _WEIGHTS.fullmatch(file.name):
@@ -235,6 +241,10 @@ def weight_bytes(folder: Path, dtype: str) -> int:
         else:
             total += sum(math.prod(tensor.shape) * element for tensor in tensors)
     return total or sum(file.stat().st_size for file in sets["bin"])
+
+
+def _element_bytes(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
 
 
 def free_everything(device: str) -> None:

@@ -68,7 +68,7 @@ def describe(sample: PlannedSample, job: Job, lora: AppliedLora | None) -> str:
         "Seed": sample.seed,
         "Size": f"{sample.width}x{sample.height}",
         "Model hash": plan.base_digest[:10],
-        "Model": job.base_model.name,
+        "Model": job.base_model.stem if job.base_model.is_file() else job.base_model.name,
         "Clip skip": plan.clip_skip if plan.clip_skip > 1 else None,
         "RNG": "CPU",  # the web UI's name for noise from one CPU generator per picture
         "Lora hashes": f"{lora.name}: {lora.short_hash}" if lora else None,

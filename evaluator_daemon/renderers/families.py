@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: F401  likewise
 from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 
-from shared.errors import ResourceError, SettingsError
+from shared.errors import IncompleteCheckpointError, ResourceError, SettingsError
+from shared.model_folders import single_file_of
 
 
 @dataclass(frozen=True)
@@ -133,35 +135,50 @@ FAMILIES: Mapping[str, type[StableDiffusion]] = {
 """Pipeline class in model_index.json -> its family."""
 
 
-def load_family(folder: Path, dtype: torch.dtype) -> StableDiffusion:
-    """Load a diffusers folder onto the CPU, offline.
+def load_family(base_model: Path, dtype: torch.dtype) -> StableDiffusion:
+    """Load a diffusers folder or a single file onto the CPU, offline.
 
     Raises:
         SettingsError: it is no pipeline of a known family, or cannot be loaded.
         ResourceError: it is not there, or cannot be read.
     """
-    index = folder / "model_index.json"
     try:
-        name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    except OSError as error:
-        raise ResourceError(
-            f"{index}: the base model cannot be read ({error.strerror}); put its folder back or make it readable"
-        ) from error
-    except ValueError as error:
-        raise SettingsError("--base-model", str(index), f"mend or copy that file again ({error})") from error
+        single = single_file_of(base_model)
+    except SettingsError as error:
+        if isinstance(error.__cause__, IncompleteCheckpointError):  # gone, unreadable, or just being copied
+            raise _unreadable(base_model, error.__cause__.reason) from error
+        raise
+    name = single.pipeline if single else _class_name(base_model)
     if name not in FAMILIES:
         raise SettingsError(
-            "--base-model", str(folder), f"{name} cannot be rendered; {' and '.join(sorted(FAMILIES))} can"
+            "--base-model", str(base_model), f"{name} cannot be rendered; {' and '.join(sorted(FAMILIES))} can"
         )
     family = FAMILIES[name]
     disable_diffusers_bars()
     disable_transformers_bars()  # type: ignore[no-untyped-call]
     logging.getLogger("diffusers").setLevel(logging.ERROR)
+    options = {"dtype": dtype, "local_files_only": True, **family.without}
     try:
-        return family(
-            family.pipeline_class.from_pretrained(folder, dtype=dtype, local_files_only=True, **family.without)
-        )
+        if single is None:
+            return family(family.pipeline_class.from_pretrained(base_model, **options))
+        with tempfile.TemporaryDirectory(prefix="lora-tuner-") as config:
+            single.write_configs(Path(config))
+            return family(family.pipeline_class.from_single_file(str(base_model), config=config, **options))
     except (OSError, ValueError) as error:
         raise SettingsError(
-            "--base-model", str(folder), f"repair the folder, diffusers cannot load it ({error})"
+            "--base-model", str(base_model), f"copy the model again, diffusers cannot load it ({error})"
         ) from error
+
+
+def _class_name(folder: Path) -> Any:
+    index = folder / "model_index.json"
+    try:
+        return json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    except OSError as error:
+        raise _unreadable(index, error.strerror) from error
+    except ValueError as error:
+        raise SettingsError("--base-model", str(index), f"mend or copy that file again ({error})") from error
+
+
+def _unreadable(path: Path, why: str | None) -> ResourceError:
+    return ResourceError(f"{path}: the base model cannot be read ({why}); put it back or make it readable")

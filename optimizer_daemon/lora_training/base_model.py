@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shared.errors import UserError
+from shared.model_folders import single_file_of
 
 Family = Literal["sd15", "sdxl"]
 
@@ -25,10 +26,10 @@ _SECOND_ENCODER = ("text_encoder_2/config.json", "tokenizer_2/tokenizer_config.j
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A Stable Diffusion 1.x, 2.x or SDXL base model in a diffusers folder.
+    """A Stable Diffusion 1.x, 2.x or SDXL base model.
 
     Args:
-        folder: where it lies.
+        folder: where it lies: a diffusers folder, or one .safetensors file.
         family: sd15, which 2.x belongs to as well, or sdxl.
         vae_factor: image pixels per latent pixel, along one side.
         latent_scale: latents are multiplied by this before training.
@@ -65,25 +66,19 @@ def inspect_base_model(folder: Path, *, setting: str = "pretrained_model_name_or
     """Return what the configuration files tell.
 
     Args:
-        folder: a diffusers folder.
+        folder: a diffusers folder or a single file.
         setting: how the user named it, for messages.
     Raises:
-        UserError: a single file, no diffusers folder, another family, or an incomplete folder.
+        UserError: neither of them, another family, or an incomplete model.
     """
+    single = single_file_of(folder, setting=setting)
     setting = f"{setting}: {folder}"
-    if folder.is_file():
-        raise UserError(f"{setting} is a single file; the native trainer needs a diffusers folder, so convert it first")
-    if not (folder / "model_index.json").is_file():
-        raise UserError(f"{setting} is no diffusers folder (no model_index.json); correct the path")
-    pipeline = str(_read(folder / "model_index.json").get("_class_name"))
-    if pipeline not in _FAMILIES:
-        raise UserError(f"{setting} is made for {pipeline}; the native trainer trains {' and '.join(_FAMILIES)} models")
-    family = _FAMILIES[pipeline]
-    parts = _PARTS + (_SECOND_ENCODER if family == "sdxl" else ())
-    if missing := [part for part in parts if not (folder / part).is_file()]:
-        raise UserError(f"{setting} lacks {', '.join(missing)}; copy the whole model")
-    unet, vae = _read(folder / "unet/config.json"), _read(folder / "vae/config.json")
-    texts = [_read(folder / part) for part in parts if part.startswith("text_encoder")]
+    if single is not None:
+        family, parts = single.family, {**single.configs, "scheduler": single.scheduler}
+    else:
+        family, parts = _of_folder(folder, setting)
+    unet, vae = parts["unet"], parts["vae"]
+    texts = [config for part, config in parts.items() if part.startswith("text_encoder")]
     if (inputs := unet.get("in_channels")) != (channels := vae.get("latent_channels", 4)):
         raise UserError(
             f"{setting}: its UNet takes {inputs} channels, its VAE makes {channels}; inpainting models are not trained"
@@ -99,9 +94,23 @@ def inspect_base_model(folder: Path, *, setting: str = "pretrained_model_name_or
         family=family,
         vae_factor=2 ** (len(vae.get("block_out_channels", ())) - 1),
         latent_scale=float(vae.get("scaling_factor", 0.18215)),
-        predicts_velocity=_read(folder / "scheduler/scheduler_config.json").get("prediction_type") == "v_prediction",
+        predicts_velocity=parts["scheduler"].get("prediction_type") == "v_prediction",
         text_width=width,
     )
+
+
+def _of_folder(folder: Path, setting: str) -> tuple[Family, dict[str, dict[str, Any]]]:
+    """Return the family and the configuration of each part of a diffusers folder."""
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{setting} is no diffusers folder (no model_index.json) and no file; correct the path")
+    pipeline = str(_read(folder / "model_index.json").get("_class_name"))
+    if pipeline not in _FAMILIES:
+        raise UserError(f"{setting} is made for {pipeline}; the native trainer trains {' and '.join(_FAMILIES)} models")
+    family = _FAMILIES[pipeline]
+    files = _PARTS + (_SECOND_ENCODER if family == "sdxl" else ())
+    if missing := [file for file in files if not (folder / file).is_file()]:
+        raise UserError(f"{setting} lacks {', '.join(missing)}; copy the whole model")
+    return family, {Path(file).parent.name: _read(folder / file) for file in files}
 
 
 def _check_conditions(setting: str, unet: dict[str, Any], second_text: dict[str, Any]) -> None:

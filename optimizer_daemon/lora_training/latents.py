@@ -36,7 +36,7 @@ from optimizer_daemon.lora_training.models import Hardware, load_vae
 from optimizer_daemon.lora_training.resizing import interpolation_for, resize
 from shared.errors import DiskError, UserError
 from shared.files import write_bytes
-from shared.model_folders import digest_model
+from shared.model_folders import digest_part
 
 _LATENT = "latent"
 _SAY_EVERY_S = 1.0
@@ -89,7 +89,7 @@ def load_latents(
         UserError: an image cannot be decoded, or its latent is not finite.
         DiskError: the cache cannot be written.
     """
-    folder = cache_dir / digest_model(base.folder / "vae", setting="pretrained_model_name_or_path")[:16]
+    folder = cache_dir / digest_part(base.folder, "vae", setting="pretrained_model_name_or_path")[:16]
     _make(folder)
     vae: AutoencoderKL | None = None
     tensors: dict[str, Tensor] = {}

@@ -6,6 +6,6 @@ tensors' shapes. A folder `model.config` beside `model.safetensors`, in diffuser
 for models that differ in what no shape tells (heads, norm groups, picture size, tokenizer, prediction type).
 """
 
-from shared.single_file.model import SingleFile, config_folder, legacy_hash, read_single_file
+from shared.single_file.model import SingleFile, config_folder, read_single_file
 
-__all__ = ["SingleFile", "config_folder", "legacy_hash", "read_single_file"]
+__all__ = ["SingleFile", "config_folder", "read_single_file"]

@@ -157,17 +157,6 @@ def read_single_file(file: Path, *, setting: str = "--base-model") -> SingleFile
     return SingleFile(file, family, configs, scheduler, shapes, header, own if own.is_dir() else None)
 
 
-def legacy_hash(file: Path) -> str:
-    """Return the hash by which older programs know a model file: of 64 KiB at 1 MiB, 8 hexadecimal digits.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    with file.open("rb") as opened:
-        opened.seek(0x100000)
-        return hashlib.sha256(opened.read(0x10000)).hexdigest()[:8]
-
-
 def _header(file: Path, setting: str) -> Header:
     if file.suffix.lower() != ".safetensors":
         raise _refused(
