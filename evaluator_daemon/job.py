@@ -34,7 +34,7 @@ class Job:
 
     Args:
         root: the study folder.
-        base_model: diffusers folder; its content is the plan's.
+        base_model: diffusers folder or single file; its content is the plan's.
         clip_model: local CLIP folder, None to do without.
         device: "cpu", "cuda" or "cuda:N".
         threads: CPU threads of one evaluator.

@@ -17,7 +17,9 @@ class EvaluatorSettings(DaemonSettings):
     table: ClassVar[str] = "evaluator"
 
     optimization_dir: Path | None = Field(None, description="study folder to watch (the optimizer's --output-dir)")
-    base_model: Path | None = Field(None, description="base model, a diffusers folder (default: the study's)")
+    base_model: Path | None = Field(
+        None, description="base model, a diffusers folder or one .safetensors file (default: the study's)"
+    )
     clip_model: Path | None = Field(
         None, description="local CLIP folder for the CLIP consistency (default: the study's)"
     )

@@ -25,7 +25,9 @@ class OptimizerSettings(DaemonSettings):
     table: ClassVar[str] = "optimizer"
 
     dataset_config: Path | None = Field(None, description="training data set, a kohya dataset TOML file")
-    base_model: Path | None = Field(None, description="Stable Diffusion base model, a diffusers folder")
+    base_model: Path | None = Field(
+        None, description="Stable Diffusion base model, a diffusers folder or one .safetensors file"
+    )
     clip_model: Path | None = Field(
         None, description="CLIP model folder for the prompt check of every checkpoint (default: not checked)"
     )

@@ -121,7 +121,7 @@ def require_inputs(settings: OptimizerSettings) -> tuple[Path, Path]:
         SettingsError: one of them is not named.
     """
     return (
-        _required(settings.base_model, "base_model", "name the diffusers folder of the base model"),
+        _required(settings.base_model, "base_model", "name the base model's file or diffusers folder"),
         _required(settings.dataset_config, "dataset_config", "name the kohya TOML of the training pictures"),
     )
 

@@ -58,7 +58,9 @@ class TrainConfig(ObjectiveSettings, RateSettings, NetworkSettings, DatasetSetti
     """One training."""
 
     # The model, the data, the places
-    pretrained_model_name_or_path: FilePath = Field(description="base model, a diffusers folder")
+    pretrained_model_name_or_path: FilePath = Field(
+        description="base model, a diffusers folder or one .safetensors file"
+    )
     dataset_config: FilePath = Field(description="kohya dataset TOML")
     held_out: list[str] = Field(
         default_factory=list, description="SHA-256 of the picture files that are left out of the training"

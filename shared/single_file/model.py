@@ -216,7 +216,7 @@ def _require_clip_sizes(configs: Configs) -> None:
     """The tokenizer that comes with the program is CLIP's.
 
     Raises:
-        ValueError: a text encoder reads another vocabulary, or both cannot be told apart.
+        ValueError: a text encoder reads another vocabulary.
     """
     encoders = {part: config for part, config in configs.items() if part.startswith("text_encoder")}
     for part, config in encoders.items():
@@ -239,6 +239,9 @@ def _expected(family: Family, configs: Configs) -> dict[str, Shapes]:
         if second["hidden_size"] == configs["text_encoder"]["hidden_size"]:
             # diffusers' loader tells them apart by their width
             raise ValueError(f"both text encoders have width {second['hidden_size']}, which no SDXL model has")
+    width = sum(config["hidden_size"] for part, config in configs.items() if part.startswith("text_encoder"))
+    if (expected := configs["unet"]["cross_attention_dim"]) != width:
+        raise ValueError(f"its UNet expects text of width {expected}, its text encoders make {width}")
     return shapes
 
 

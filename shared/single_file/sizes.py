@@ -18,6 +18,7 @@ from shared.single_file.names import TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE
 Family = Literal["sd15", "sdxl"]
 Configs = dict[str, dict[str, Any]]
 _HEAD_WIDTH = 64
+_SIZES = 6  # original height and width, crop from top and left, target height and width
 
 
 class _Shapes:
@@ -68,8 +69,14 @@ def derive_configs(family: Family, tensors: Mapping[str, Tensor]) -> Configs:
     if family == "sdxl":
         second = shipped_config(family, "text_encoder_2/config.json") | _open_clip(shapes)
         configs["text_encoder_2"] = second
-        given = configs["unet"]["projection_class_embeddings_input_dim"] - second["projection_dim"]
-        configs["unet"]["addition_time_embed_dim"] = given // 6  # six numbers tell sizes and crop
+        given = configs["unet"]["projection_class_embeddings_input_dim"]
+        size_width, rest = divmod(given - second["projection_dim"], _SIZES)
+        if rest or size_width < 1:
+            raise ValueError(
+                f"its UNet takes {given} numbers of pooled text and {_SIZES} sizes, its text_encoder_2 makes "
+                f"{second['projection_dim']}"
+            )
+        configs["unet"]["addition_time_embed_dim"] = size_width
     for part in ("unet", "vae"):
         groups = configs[part]["norm_num_groups"]
         if uneven := [width for width in configs[part]["block_out_channels"] if width % groups]:
@@ -78,6 +85,7 @@ def derive_configs(family: Family, tensors: Mapping[str, Tensor]) -> Configs:
 
 
 def _unet(shapes: _Shapes, family: Family) -> dict[str, Any]:
+    inputs = shapes(f"{UNET}input_blocks.0.0.weight", 1)
     levels: list[list[tuple[int, int]]] = [[]]  # of each level the (width, transformer depth) of its layers
     attending, number = "", 1
     while True:
@@ -95,7 +103,7 @@ def _unet(shapes: _Shapes, family: Family) -> dict[str, Any]:
         raise ValueError("its UNet has a level without layers, or attends to no text")
     widths, depths = [level[-1][0] for level in levels], [level[-1][1] for level in levels]
     config: dict[str, Any] = {
-        "in_channels": shapes(f"{UNET}input_blocks.0.0.weight", 1),
+        "in_channels": inputs,
         "out_channels": shapes(f"{UNET}out.2.weight", 0),
         "block_out_channels": widths,
         "layers_per_block": len(levels[0]),

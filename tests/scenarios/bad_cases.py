@@ -14,6 +14,7 @@ from shared.layout import StudyLayout
 from tests.scenarios.bad_input import Case, World
 
 Spoil = Callable[[World], list[str]]
+TOKEN_EMBEDDING = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
 
 
 def flags(*words: object) -> Spoil:
@@ -94,6 +95,12 @@ def written(name: str, text: str | bytes, *words: object) -> Spoil:
         return world.optimizer(*[str(word).replace("{}", str(file)) for word in words])
 
     return spoil
+
+
+def one_tensor(name: str) -> bytes:
+    """A whole safetensors file that holds one number under this name."""
+    header = json.dumps({name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(4)
 
 
 def variable(name: str, value: str) -> Spoil:
@@ -439,13 +446,28 @@ SPACES = [
 MODELS = [
     Case(
         "base model: none there",
-        ("--base-model", "name a diffusers folder; it holds model_index.json"),
+        ("--base-model", "name a diffusers folder, which holds model_index.json, or one .safetensors file"),
         flags("--base-model", "nowhere"),
     ),
     Case(
-        "base model: a single file",
-        ("model.safetensors", "convert it to a diffusers folder"),
-        written("model.safetensors", "x", "--base-model", "{}"),
+        "base model: a pickle",
+        ("--base-model", "model.ckpt", "a pickle (.ckpt, .pt, .bin) may run code; convert it first"),
+        written("model.ckpt", b"\x80\x02}q\x00.", "--base-model", "{}"),
+    ),
+    Case(
+        "base model: a file that is no safetensors file",
+        ("--base-model", "model.safetensors", "copy that file again"),
+        written("model.safetensors", "no header of a safetensors file", "--base-model", "{}"),
+    ),
+    Case(
+        "base model: a LoRA",
+        ("--base-model", "model.safetensors", "it is a LoRA; name the base model it was trained on"),
+        written("model.safetensors", one_tensor("lora_unet_mid_block.alpha"), "--base-model", "{}"),
+    ),
+    Case(
+        "base model: a file without its UNet",
+        ("--base-model", "it lacks model.diffusion_model.input_blocks.0.0.weight; name a whole model"),
+        written("model.safetensors", one_tensor(TOKEN_EMBEDDING), "--base-model", "{}"),
     ),
     Case(
         "base model: a family that is not trained",

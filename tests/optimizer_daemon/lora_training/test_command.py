@@ -96,9 +96,13 @@ def random_crops(folder: Path) -> None:
         (
             lambda f: shutil.rmtree(f / "base"),
             {},
-            "base is no diffusers folder (no model_index.json); correct the path",
+            "base is no diffusers folder (no model_index.json) and no file; correct the path",
         ),
-        (single_file, {}, "base is a single file; the native trainer needs a diffusers folder, so convert it first"),
+        (
+            single_file,
+            {},
+            "base' will not do; it is no .safetensors file, and a pickle (.ckpt, .pt, .bin) may run code",
+        ),
         (
             lambda f: base_folder(f / "base", index___class_name="FluxPipeline"),
             {},
