@@ -153,6 +153,7 @@ def read_single_file(file: Path, *, setting: str = "--base-model") -> SingleFile
     except (ValueError, TypeError, IndexError) as error:
         remedy = f"mend {own}" if own.is_dir() else f"put its configuration into {own}, a diffusers folder"
         raise _refused(file, setting, f"{error}; {remedy}") from error
+    _require_fit(file, setting, configs)
     _require_tensors(file, setting, header, {name: size for part in shapes.values() for name, size in part.items()})
     return SingleFile(file, family, configs, scheduler, shapes, header, own if own.is_dir() else None)
 
@@ -234,15 +235,32 @@ def _expected(family: Family, configs: Configs) -> dict[str, Shapes]:
         "text_encoder": names.clip_tensors(configs["text_encoder"], names.TEXT_ENCODER[family]),
     }
     if family == "sdxl":
-        second = configs["text_encoder_2"]
-        shapes["text_encoder_2"] = names.open_clip_tensors(second, names.TEXT_ENCODER_2)
-        if second["hidden_size"] == configs["text_encoder"]["hidden_size"]:
-            # diffusers' loader tells them apart by their width
-            raise ValueError(f"both text encoders have width {second['hidden_size']}, which no SDXL model has")
-    width = sum(config["hidden_size"] for part, config in configs.items() if part.startswith("text_encoder"))
-    if (expected := configs["unet"]["cross_attention_dim"]) != width:
-        raise ValueError(f"its UNet expects text of width {expected}, its text encoders make {width}")
+        shapes["text_encoder_2"] = names.open_clip_tensors(configs["text_encoder_2"], names.TEXT_ENCODER_2)
     return shapes
+
+
+def _require_fit(file: Path, setting: str, configs: Configs) -> None:
+    """See that the parts were made for each other."""
+    unet, latent = configs["unet"], configs["vae"]["latent_channels"]
+    if unet["in_channels"] != latent:
+        raise _refused(
+            file,
+            setting,
+            f"its UNet takes {unet['in_channels']} channels, its VAE makes {latent}; inpainting models will not do, "
+            "name another model",
+        )
+    widths = [config["hidden_size"] for part, config in configs.items() if part.startswith("text_encoder")]
+    if unet["cross_attention_dim"] != sum(widths):
+        raise _refused(
+            file,
+            setting,
+            f"its UNet expects text of width {unet['cross_attention_dim']}, its text encoders make {sum(widths)}; name "
+            "another model",
+        )
+    if len(widths) > len(set(widths)):  # diffusers' loader tells them apart by their width
+        raise _refused(
+            file, setting, f"both text encoders have width {widths[0]}, which no SDXL model has; name another model"
+        )
 
 
 def _require_tensors(file: Path, setting: str, header: Header, expected: Shapes) -> None:

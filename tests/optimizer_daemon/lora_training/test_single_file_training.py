@@ -56,7 +56,7 @@ def test_models_with_one_vae_share_their_latents(pipeline, tmp_path):
 def test_an_inpainting_model_is_refused(pipeline, tmp_path):
     name = "model.diffusion_model.input_blocks.0.0.weight"
     file = save_single_file(pipeline, tmp_path / "inpainting.safetensors", **{name: torch.zeros(32, 9, 3, 3)})
-    with pytest.raises(UserError, match="takes 9 channels, its VAE makes 4; inpainting models are not trained"):
+    with pytest.raises(UserError, match="takes 9 channels, its VAE makes 4; inpainting models will not do"):
         inspect_base_model(file)
 
 
@@ -66,7 +66,17 @@ def test_what_it_predicts_decides_the_objective(pipeline, tmp_path):
     assert inspect_base_model(file).predicts_velocity
 
 
-def test_a_file_of_sdxl_is_told_from_one_of_sd15(tmp_path):
-    file = save_single_file(tiny_sdxl(tmp_path), tmp_path / "xl.safetensors")
-    with pytest.raises(UserError, match=r"xl\.safetensors is made for StableDiffusionXLPipeline"):
-        inspect_base_model(file)
+def test_an_sdxl_file_trains_both_text_encoders_as_its_folder_does(tmp_path):
+    pipeline = tiny_sdxl(tmp_path).to(torch.float16)
+    pipeline.save_pretrained(tmp_path / "folder")
+    file = save_single_file(pipeline, tmp_path / "xl.safetensors")
+    assert inspect_base_model(file).family == "sdxl"
+    weights = []
+    for base in (tmp_path / "folder", file):
+        workshop = Workshop(tmp_path / f"in_{base.name}", base, tmp_path / f"latents_{base.name}")
+        workshop.root.mkdir()
+        workshop.train(max_train_epochs=1, network_dim=2)
+        weights.append(workshop.weights("lora.safetensors"))
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    assert {name.partition("_text")[0] for name in weights[1]} >= {"lora_te1", "lora_te2"}
