@@ -481,7 +481,7 @@ MODELS = [
     ),
     Case(
         "base model: another family than --model-family says",
-        ("--model-family: sdxl will not do", "is sd15, by its own files; say so, or leave it out"),
+        ("--model-family: 'sdxl' will not do", "is sd15, by its own files; say so, or leave it out"),
         flags("--model-family", "sdxl"),
     ),
     Case(
