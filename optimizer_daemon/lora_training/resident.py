@@ -14,6 +14,7 @@ from torch import nn
 
 from optimizer_daemon.lora_training.base_model import BaseModel, inspect_base_model
 from optimizer_daemon.lora_training.models import Hardware, load_text_encoders, load_unet
+from shared.single_file import config_folder
 
 _MOST_OF_MEMORY = 0.5  # of what is available
 
@@ -65,7 +66,10 @@ def frozen_networks(base: BaseModel, hardware: Hardware) -> tuple[nn.Module, lis
 
 def _stamp(base: BaseModel) -> _Stamp:
     """Return what tells one state of the networks' files from another without reading them."""
-    folders = [base.folder / part for part in ("unet", *base.text_encoders)]
-    files = sorted(file for folder in folders for file in folder.iterdir() if file.is_file())
+    if base.folder.is_file():
+        files = [base.folder, *sorted(config_folder(base.folder).rglob("*.json"))]
+    else:
+        folders = [base.folder / part for part in ("unet", *base.text_encoders)]
+        files = sorted(file for folder in folders for file in folder.iterdir() if file.is_file())
     looks = [(str(file), file.stat()) for file in files]
     return tuple((name, look.st_size, look.st_mtime_ns, look.st_ino) for name, look in looks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from optimizer_daemon.lora_training.base_model import inspect_base_model
 from optimizer_daemon.lora_training.models import Hardware
 from tests.optimizer_daemon.lora_training.tiny_model import save_tiny_model
 from tests.optimizer_daemon.lora_training.workshop import Workshop
+from tests.shared.single_files import save_single_file, tiny_sd15
 
 CPU = Hardware(torch.device("cpu"), torch.float32)
 
@@ -47,6 +49,19 @@ def test_networks_whose_files_have_changed_are_loaded(tmp_path):
     os.utime(file, ns=(1, 1))
     changed, _ = resident.frozen_networks(base, CPU)
     assert changed is not unet
+
+
+def test_networks_of_a_single_file_are_kept_until_it_or_its_configuration_changes(tmp_path):
+    pipeline = tiny_sd15(tmp_path)
+    base = inspect_base_model(save_single_file(pipeline, tmp_path / "model.safetensors"))
+    resident.keep_networks(str(base.folder))
+    unet, _ = resident.frozen_networks(base, CPU)
+    assert unet is resident._kept[0].unet
+    pipeline.save_pretrained(tmp_path / "model.config")
+    assert resident.frozen_networks(base, CPU)[0] is not unet, "it now has a configuration of its own"
+    shutil.rmtree(tmp_path / "model.config")
+    os.utime(base.folder, ns=(1, 1))
+    assert resident.frozen_networks(base, CPU)[0] is not unet
 
 
 def test_nothing_is_kept_where_memory_is_short(tmp_path, monkeypatch):
