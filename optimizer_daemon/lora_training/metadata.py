@@ -16,6 +16,7 @@ from importlib import metadata as distribution
 from pathlib import Path
 
 from optimizer_daemon.lora_training.base_model import BaseModel
+from optimizer_daemon.lora_training.buckets import Size
 from optimizer_daemon.lora_training.config import TrainConfig
 from optimizer_daemon.lora_training.dataset import ImageSet, TrainingData
 from optimizer_daemon.lora_training.dataset_config import Subset
@@ -151,6 +152,9 @@ def _model_spec(config: TrainConfig, data: TrainingData, version: str, facts: Fa
     }
     if config.clip_skip is not None:
         spec["encoder_layer"] = str(config.clip_skip)
+    if config.min_timestep is not None or config.max_timestep is not None:
+        lowest, end = config.min_timestep or 0, config.max_timestep if config.max_timestep is not None else 1000
+        spec["timestep_range"] = f"{lowest},{end}"
     return {f"modelspec.{key}": text for key, text in spec.items()}
 
 
@@ -174,10 +178,6 @@ def model_hashes(base: Path) -> dict[str, str]:
 
 def _dataset_facts(images: ImageSet) -> dict[str, object]:
     dataset = images.plan.dataset
-    buckets = {
-        str(index): {"resolution": size, "count": len(members)}
-        for index, (size, members) in enumerate(images.buckets.items())
-    }
     return {
         "is_dreambooth": True,
         "batch_size_per_device": dataset.batch_size,
@@ -188,10 +188,23 @@ def _dataset_facts(images: ImageSet) -> dict[str, object]:
         "min_bucket_reso": dataset.min_bucket_reso if dataset.enable_bucket else None,
         "max_bucket_reso": dataset.max_bucket_reso if dataset.enable_bucket else None,
         "tag_frequency": TrainingData(Path(), (images,)).tag_frequency(),
-        "bucket_info": {"buckets": buckets} if dataset.enable_bucket else None,
+        "bucket_info": _bucket_facts(images) if dataset.enable_bucket else None,
         "resize_interpolation": None,
         "subsets": [_subset_facts(subset, images.count(subset)) for subset in images.plan.subsets],
     }
+
+
+def _bucket_facts(images: ImageSet) -> dict[str, object]:
+    buckets = {
+        str(index): {"resolution": size, "count": len(members)}
+        for index, (size, members) in enumerate(images.buckets.items())
+    }
+    errors = [abs(_aspect(image.fit.bucket) - _aspect(image.size)) for image in images.images]
+    return {"buckets": buckets, "mean_img_ar_error": sum(errors) / len(errors)}
+
+
+def _aspect(size: Size) -> float:
+    return size[0] / size[1]
 
 
 def _subset_facts(subset: Subset, img_count: int) -> dict[str, object]:

@@ -39,14 +39,15 @@ class NarrowWorld:
     def single_file(self, file: Path) -> Path:
         """Write the base model as one file; return it."""
         program = Path(__file__).with_name("narrow_single_file.py")
-        self.run([str(program), str(self.base), str(file)]).check_returncode()
+        done = self.run([str(program), str(self.base), str(file)])
+        assert done.returncode == 0, done.stderr.decode()[-3000:]
         return file
 
     def train(self, output_dir: Path, **changes: Any) -> subprocess.CompletedProcess[bytes]:
         """Run train_network.py to its end; four epochs of two steps, saved every second epoch, unless told otherwise.
 
         Raises:
-            CalledProcessError: it failed.
+            AssertionError: it failed.
         """
         output_dir.mkdir(parents=True, exist_ok=True)
         config = output_dir / "train_config.toml"
@@ -54,7 +55,7 @@ class NarrowWorld:
         lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]  # TOML writes these as JSON does
         config.write_text("\n".join(lines) + "\n", encoding="utf-8")
         done = self.run(["train_network.py", "--config_file", str(config)])
-        done.check_returncode()
+        assert done.returncode == 0, done.stderr.decode()[-3000:]
         return done
 
     def settings(self, output_dir: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from optimizer_daemon.lora_training.metadata import SETTINGS, model_hashes
 from tests.kohya.narrow_world import NarrowWorld
 from tests.kohya.native_twin import OF_ITS_RUN, train_native
+from tests.optimizer_daemon.lora_training.pictures import write_images
 from tests.optimizer_daemon.lora_training.workshop import header_of
 
 pytestmark = pytest.mark.slow
@@ -56,7 +57,7 @@ def test_the_same_metadata_key_by_key(both: tuple[Path, Path], name: str):
     theirs, ours = (header_of(folder / name)[1] for folder in both)
     assert theirs.keys() - ours.keys() == {"ss_sd_scripts_commit_hash"}  # no commit of theirs trained ours
     assert ours.keys() - theirs.keys() == set()
-    assert {key for key in ours if ours[key] != theirs[key]} <= OF_ITS_RUN
+    assert {key: (ours[key], theirs[key]) for key in ours if ours[key] != theirs[key] and key not in OF_ITS_RUN} == {}
     assert json.loads(theirs["ss_datasets"])[0]["resolution"] == [64, 64]
     assert {f"ss_{setting}" for setting in SETTINGS} <= theirs.keys()
 
@@ -75,6 +76,36 @@ def test_a_single_file_is_known_by_the_same_hashes(world: NarrowWorld, tmp_path:
     entries, metadata, _ = header_of(tmp_path / "out" / NAMES[1])
     assert len(entries) == 3 * (192 + 72)
     assert model_hashes(file) == {key: metadata[key] for key in ("ss_sd_model_hash", "ss_new_sd_model_hash")}
+
+
+def test_the_same_metadata_of_buckets_repeats_and_caption_rules(world: NarrowWorld, tmp_path: Path):
+    images = write_images(tmp_path / "images", {"a": "red, soft", "b": "blue, soft"}, size=(200, 120))
+    write_images(images, {"c": "green", "d": "grey"}, size=(140, 230), seed=1)
+    write_images(tmp_path / "more", {"e": "white"}, size=(128, 128), seed=2)
+    dataset = tmp_path / "dataset.toml"
+    dataset.write_text(
+        "[general]\ncaption_extension = '.txt'\nenable_bucket = true\nmin_bucket_reso = 64\nmax_bucket_reso = 256\n"
+        "bucket_reso_steps = 64\n[[datasets]]\nresolution = [128, 128]\nbatch_size = 2\n"
+        f"[[datasets.subsets]]\nimage_dir = '{images}'\nnum_repeats = 2\nshuffle_caption = true\nkeep_tokens = 1\n"
+        "flip_aug = true\ncaption_prefix = 'a toy,'\n"
+        f"[[datasets.subsets]]\nimage_dir = '{tmp_path / 'more'}'\nclass_tokens = 'toy'\n"
+    )
+    changes = {
+        "dataset_config": str(dataset),
+        "max_train_epochs": 1,
+        "min_timestep": 100,
+        "max_timestep": 900,
+        "debiased_estimation_loss": True,
+        "loss_type": "huber",
+        "gradient_accumulation_steps": 2,
+        "network_dropout": 0.1,
+    }
+    world.train(tmp_path / "theirs", **changes)
+    train_native(world.settings(tmp_path / "ours") | changes, tmp_path / "ours")
+    theirs, ours = (header_of(tmp_path / folder / NAMES[1])[1] for folder in ("theirs", "ours"))
+    assert json.loads(theirs["ss_datasets"])[0]["bucket_info"]["mean_img_ar_error"] > 0.01
+    assert theirs.keys() - ours.keys() == {"ss_sd_scripts_commit_hash"}
+    assert {key: (ours[key], theirs[key]) for key in ours if ours[key] != theirs[key] and key not in OF_ITS_RUN} == {}
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning:diffusers", "ignore::FutureWarning:transformers")

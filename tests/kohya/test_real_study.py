@@ -1,0 +1,85 @@
+"""A whole study with the real sd-scripts: both daemons, three trials, every checkpoint scored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shared.files import read_model
+from shared.layout import StudyLayout
+from shared.schemas import AllTrials, EvaluationState, Run, TrainerExit, TrialState
+from tests.kohya.kohya_lab import KohyaLab
+from tests.kohya.narrow_world import NarrowWorld
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+TRIALS, EPOCHS = 3, 4
+
+
+@pytest.fixture(scope="module")
+def finished(world: NarrowWorld, tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyLayout, str, str]:
+    """The study's folder, and what the two daemons said."""
+    with KohyaLab(tmp_path_factory.mktemp("study"), world, epochs=EPOCHS) as lab:
+        manager = lab.manager("--exit-when-finished")
+        optimizer = lab.optimizer("--n-trials", TRIALS)
+        assert optimizer.wait(1500) == 0, optimizer.said
+        assert manager.wait(240) == 0, manager.said
+        assert lab.processes() == {}
+        print(optimizer.said, manager.said)
+        return lab.study, optimizer.said, manager.said
+
+
+def test_every_trial_is_complete(finished: tuple[StudyLayout, str, str]):
+    study, said, _ = finished
+    assert read_model(study.run, Run).status == "finished"
+    states = [read_model(trial.state, TrialState) for trial in study.list_trials()]
+    assert [(state.state, state.attempt, state.resumes) for state in states] == [("complete", 1, 0)] * TRIALS
+    assert "Winner: trial" in said
+    rows = read_model(study.results.all_trials, AllTrials).trials
+    assert sorted(row.trial for row in rows) == [1, 2, 3]
+
+
+def test_an_intermediate_and_the_final_checkpoint_of_each_trial_are_scored(finished: tuple[StudyLayout, str, str]):
+    study, _, _ = finished
+    for trial in study.list_trials():
+        names = [f"{trial.output_name}-000002", trial.output_name]
+        assert sorted(path.stem for path in trial.list_checkpoints()) == sorted(names)
+        records = read_model(trial.evaluations.state, EvaluationState).checkpoints
+        attempts = {record.checkpoint: [attempt.outcome for attempt in record.attempts] for record in records}
+        assert attempts == {name: ["recorded"] for name in names}
+        curve = read_model(trial.state, TrialState).curve
+        assert [(point.epoch, point.checkpoint) for point in curve] == [(2, names[0]), (EPOCHS, names[1])]
+        print(trial.name, [(point.epoch, round(point.value, 4)) for point in curve])
+
+
+def test_the_script_was_started_directly_on_each_trials_own_file(
+    finished: tuple[StudyLayout, str, str], world: NarrowWorld
+):
+    study, _, _ = finished
+    for trial in study.list_trials():
+        config = trial.folder / "train_config.toml"
+        command = read_model(trial.trainer_exit, TrainerExit).command
+        assert tuple(command) == (
+            world.python,
+            str(world.checkout / "train_network.py"),
+            "--config_file",
+            str(config),
+        )
+        assert f'output_name = "{trial.output_name}"' in config.read_text()
+
+
+def test_no_state_outlives_its_trial_and_nothing_is_written_beside_the_pictures(
+    finished: tuple[StudyLayout, str, str], world: NarrowWorld
+):
+    study, _, _ = finished
+    assert [path.name for trial in study.list_trials() for path in trial.folder.glob("*-state")] == []
+    beside = {path.suffix for path in (world.dataset.parent / "images").iterdir()}
+    assert beside == {".png", ".txt"}, "kohya's latents lie beside the links"
+
+
+def test_likewise_the_log_says_how_far_the_training_was(finished: tuple[StudyLayout, str, str]):
+    study, _, _ = finished
+    for trial in study.list_trials():
+        text = Path(trial.training_log).read_text(errors="replace")
+        assert [f"epoch {number}/{EPOCHS}" in text for number in range(1, EPOCHS + 1)] == [True] * EPOCHS
