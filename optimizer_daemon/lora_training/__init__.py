@@ -1,1 +1,1 @@
-"""The native trainer's process: LoRA training for Stable Diffusion 1.5 with kohya's data sets, names and metadata."""
+"""The native trainer's process: LoRA training for SD 1.5 and SDXL with kohya's data sets, names and metadata."""

@@ -21,8 +21,12 @@ from optimizer_daemon.lora_training.dataset import Draw, load_data
 from optimizer_daemon.lora_training.latents import load_latents
 from optimizer_daemon.lora_training.learner import Learner
 from optimizer_daemon.lora_training.models import Hardware
+from optimizer_daemon.trainers.base import TrainerInput
+from optimizer_daemon.trainers.native import TRAINER as NATIVE
+from shared.errors import SettingsError
 from shared.planning import make_plan
 from shared.safetensors_file import Family, lora_modules, read_checkpoint
+from shared.schemas import Trainer
 from tests.evaluator_daemon.tiny_models import PROMPTS, save_sdxl_model
 from tests.optimizer_daemon.lora_training.pictures import write_images
 from tests.optimizer_daemon.lora_training.workshop import Workshop, header_of
@@ -180,3 +184,45 @@ def test_the_loss_is_that_of_diffusers_own_text_and_size_conditions(trained, pip
     # height, width, top, left, height, width; by hand: 16 x 24 fits 16 x 16 as 10.67 x 16, 2 left of it, 3.3 right
     assert loss.item() == pytest.approx(expected([[64, 64, 0, 0, 16, 16], [24, 16, 0, 3, 16, 16]]).item(), rel=1e-5)
     assert loss.item() != pytest.approx(expected([[64, 64, 0, 0, 16, 16], [24, 16, 0, 2, 16, 16]]).item(), rel=1e-5)
+
+
+def given(base: Path, dataset: Path, family: str | None = None, **options) -> TrainerInput:
+    return TrainerInput(base, dataset, family, Trainer(name="native", options=options), "cpu")
+
+
+@pytest.mark.parametrize("family", [None, "sdxl"])
+def test_a_study_may_begin_with_it(trained, family):
+    workshop, _ = trained
+    NATIVE.check_input(given(workshop.base, workshop.root / "dataset.toml", family, text_encoder_lr=[1e-4, 1e-5]))
+
+
+def test_a_study_does_not_begin_with_what_its_base_model_contradicts(trained, base_model):
+    workshop, _ = trained
+    dataset = workshop.root / "dataset.toml"
+    with pytest.raises(
+        SettingsError, match=r"--model-family: 'sd15' will not do; .*/base is sdxl, by its own files; say"
+    ):
+        NATIVE.check_input(given(workshop.base, dataset, "sd15"))
+    with pytest.raises(SettingsError, match=r"--model-family: 'sdxl' will not do; .* is sd15, by its own files; say"):
+        NATIVE.check_input(given(base_model, dataset, "sdxl"))
+    with pytest.raises(
+        SettingsError, match=r"\[trainer.native\] text_encoder_lr: \[0.0001, 1e-05\] will not do; a base"
+    ):
+        NATIVE.check_input(given(base_model, dataset, text_encoder_lr=[1e-4, 1e-5]))
+
+
+@pytest.mark.parametrize(
+    ("rates", "left"),
+    [
+        ({"text_encoder_lr": [1e-3, 0.0]}, {"lora_te1", "lora_unet"}),
+        ({"text_encoder_lr": 0.0}, {"lora_unet"}),
+        ({"unet_lr": 0.0, "text_encoder_lr": [0.0, 1e-3]}, {"lora_te2"}),
+    ],
+    ids=["the first text encoder and the UNet", "the UNet alone", "the second text encoder alone"],
+)
+def test_what_has_no_rate_has_no_modules(trained, tmp_path: Path, rates, left: set[str]):
+    workshop, _ = trained
+    here = Workshop(tmp_path, workshop.base, workshop.cache)
+    here.dataset(CAPTIONS, dataset="resolution = 16")
+    here.train(max_train_epochs=1, gradient_checkpointing=True, **rates)
+    assert {"_".join(name.split("_")[:2]) for name in here.weights()} == left
