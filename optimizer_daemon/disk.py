@@ -12,6 +12,7 @@ from shared.layout import expected_checkpoints
 from shared.safetensors_file import read_header
 
 BYTES_PER_WEIGHT = {"fp16": 2, "bf16": 2, "float": 4}
+HEADER_BYTES = 100_000  # names and shapes of some 800 tensors, and the metadata
 BYTES_PER_PIXEL = 2  # a PNG of a rendered picture; the grid holds each picture once more
 
 # What a LoRA lies beside: linear layers and 1x1 convolutions of the UNet's transformers and of the text encoders.
@@ -81,7 +82,7 @@ def estimate(
         rank, epochs = parameters.get("network_dim", 4), parameters.get("max_train_epochs", 1)
         assert isinstance(rank, int) and isinstance(epochs, int), "the search space gives whole numbers"
         width = BYTES_PER_WEIGHT[str(parameters.get("save_precision", "fp16"))]
-        sizes[rank] = per_rank * rank * width
+        sizes[rank] = per_rank * rank * width + HEADER_BYTES
         checkpoints = expected_checkpoints(epochs, every)
         trial_bytes.append(checkpoints * (sizes[rank] + 2 * pictures * pixels * BYTES_PER_PIXEL))
     mean = statistics.fmean(trial_bytes)
