@@ -98,7 +98,7 @@ def test_a_lora_of_sd15_takes_what_real_ones_take(tmp_path):
     per_rank = weights_per_rank(tmp_path)
     trials = [{"network_dim": rank, "max_train_epochs": 16} for rank in (64, 96, 128, 192, 256)]
     found = estimate(per_rank, trials, 2, 50, 8, 512 * 512)
-    assert [round(size / 1e6) for size in found.checkpoint.values()] == [76, 113, 151, 226, 302]
+    assert [size / 1e6 for size in found.checkpoint.values()] == pytest.approx([76, 113, 151, 226, 302], abs=0.6)
     assert found.study == pytest.approx(50 * found.trial)
     # eight checkpoints of a mean rank of 147, and their pictures twice
     assert found.trial == pytest.approx(8 * (173.6e6 + 16 * 512 * 512 * 2), rel=0.01)
