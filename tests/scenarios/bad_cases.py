@@ -12,6 +12,7 @@ from pathlib import Path
 from examples.tiny_world.paths import BASE_MODEL, CLIP_MODEL, DATASET_TOML
 from shared.layout import StudyLayout
 from tests.scenarios.bad_input import Case, World
+from tests.scenarios.kohya_cases import BY_COMMAND
 
 Spoil = Callable[[World], list[str]]
 TOKEN_EMBEDDING = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
@@ -914,6 +915,6 @@ EVALUATOR_OF_STUDY = [
 ]
 
 CASES = [
-    *(DATA + SETTINGS + PLUGINS + SPACES + MODELS + PLACES + EVALUATOR),
+    *(DATA + SETTINGS + PLUGINS + SPACES + MODELS + PLACES + EVALUATOR + BY_COMMAND),
     *(replace(case, study=True) for case in STUDIES + EVALUATOR_OF_STUDY),
 ]
