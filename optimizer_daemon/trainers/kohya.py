@@ -55,6 +55,7 @@ class KohyaTrainer:
         python = checks.require_python(given.trainer)
         checks.require_base_model_for_kohya(given.base_model)
         dataset = checks.require_dataset(given.dataset_config, given.trainer.options)
+        checks.require_bucket_steps(given.dataset_config, dataset, given.trainer.options, family)
         trial = StudyLayout(Path("/study")).trial(1)
         configs = [training_config(params, trial, study) for params in given.trials]
         script = SCRIPTS[family].removesuffix(".py")

@@ -24,6 +24,7 @@ PINS = "transformers 4.54.1, diffusers 0.32.1, accelerate 1.6.0, safetensors 0.4
 """What sd-scripts' requirements.txt pins, of which other versions are known to go wrong."""
 
 _DIRECTORY, _PYTHON, _BASE_MODEL = "--sd-scripts-dir", "--trainer-python", "--base-model"
+_BUCKET_STEPS: Mapping[str, int] = {"sd15": 64, "sdxl": 32}  # pixels
 _ANSWER_TIMEOUT_S = 300.0  # torch, diffusers and transformers are imported, maybe from a cold disk
 _LAUNCHERS = ("accelerate", "torchrun", "deepspeed", "conda", "mamba", "micromamba", "poetry", "pipenv", "uv")
 _LAUNCHES = ("accelerate launch", "accelerate-launch", "accelerate.commands", "torchrun", "conda run", "mamba run")
@@ -148,6 +149,23 @@ def require_dataset(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     dataset_module: Any = importlib.import_module("optimizer_daemon.lora_training.dataset")
     dataset_module.check_pictures(pictures)
     return document
+
+
+def require_bucket_steps(path: Path, document: Mapping[str, Any], options: Mapping[str, Any], family: str) -> None:
+    """See that buckets are stepped as kohya's script for this family wants them; it looks only when it trains.
+
+    Raises:
+        UserError: they are not.
+    """
+    wanted = _BUCKET_STEPS[family]
+    for number, dataset in enumerate(document["datasets"]):
+        told = {**options, **document.get("general", {}), **dataset}
+        steps = told.get("bucket_reso_steps", wanted)
+        if told.get("enable_bucket") and (not isinstance(steps, int) or steps % wanted):
+            raise UserError(
+                f"{path}{_line(path, 'bucket_reso_steps')}: datasets[{number}].bucket_reso_steps: {steps!r} will not "
+                f"do; kohya trains {family} at multiples of {wanted} pixels"
+            )
 
 
 def ask(

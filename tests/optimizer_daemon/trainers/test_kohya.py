@@ -10,6 +10,7 @@ import pytest
 
 from optimizer_daemon.trainers import TRAINERS
 from optimizer_daemon.trainers.base import ResumePoint, holds_out
+from optimizer_daemon.trainers.kohya_checks import require_bucket_steps
 from optimizer_daemon.trainers.kohya_data import dataset_path
 from shared.errors import UserError
 from shared.files import read_model
@@ -221,3 +222,28 @@ def test_a_seed_that_numpy_cannot_take_is_refused():
 
 def test_held_out_pictures_are_promised_to_be_left_out():
     assert holds_out(KOHYA)
+
+
+@pytest.mark.parametrize(
+    ("family", "general", "refused"),
+    [
+        ("sd15", "enable_bucket = true\nbucket_reso_steps = 32", True),
+        ("sd15", "enable_bucket = true\nbucket_reso_steps = 128", False),
+        ("sd15", "enable_bucket = true", False),
+        ("sd15", "bucket_reso_steps = 32", False),
+        ("sdxl", "enable_bucket = true\nbucket_reso_steps = 32", False),
+        ("sdxl", "enable_bucket = true\nbucket_reso_steps = 48", True),
+    ],
+)
+def test_buckets_whose_steps_kohya_would_refuse_only_when_it_trains(
+    tmp_path: Path, family: str, general: str, refused: bool
+):
+    dataset = tmp_path / "dataset.toml"
+    dataset.write_text(f"[general]\n{general}\n[[datasets]]\nresolution = 512\n")
+    document = tomllib.loads(dataset.read_text())
+    if not refused:
+        require_bucket_steps(dataset, document, {}, family)
+        return
+    wanted = 64 if family == "sd15" else 32
+    with pytest.raises(UserError, match=rf"line 3: datasets\[0\].bucket_reso_steps: .* multiples of {wanted}"):
+        require_bucket_steps(dataset, document, {}, family)
