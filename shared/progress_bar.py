@@ -22,7 +22,7 @@ _PREPARING = re.compile(
     r"(?:(?P<what>read caption|get image size|(?:epoch )?validation steps):\s+)?"
     r"\d+%\|[^|]*\|\s*(?P<done>\d+)/(?P<all>\d+) \["
 )
-_PREPARATION = re.compile(r"encoding (?P<what>latents): (?P<done>\d+)/(?P<all>\d+)")
+_PREPARATION = re.compile(r"(?:encoding )?(?P<what>latents|validating): (?P<done>\d+)/(?P<all>\d+)")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def parse_bar(line: str) -> Progress | None:
 
 
 def parse_preparation(line: str) -> Progress | None:
-    """Read what the native trainer says while it encodes images, before its first step."""
+    """Read what the native trainer says while it encodes images, before its first step, and while it validates."""
     found = _PREPARATION.search(line)
     return found and Progress(None, int(found["done"]), int(found["all"]), preparing=found["what"])
 

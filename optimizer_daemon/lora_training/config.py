@@ -48,6 +48,9 @@ _FREE_ON_RESUME = frozenset(
         "resume",
         "save_every_n_epochs",
         "save_precision",
+        "validate_every_n_epochs",
+        "validate_every_n_steps",
+        "max_validation_steps",
         "threads",
         "device",
     }
@@ -81,6 +84,11 @@ class TrainConfig(ObjectiveSettings, RateSettings, NetworkSettings, DatasetSetti
     save_every_n_epochs: int | None = Field(
         None, ge=1, description="epochs between checkpoints; only the final if unset"
     )
+    validate_every_n_epochs: int | None = Field(None, ge=1, description="epochs between validations; 1 if unset")
+    validate_every_n_steps: int | None = Field(
+        None, ge=1, description="optimizer steps between further validations; none if unset"
+    )
+    max_validation_steps: int | None = Field(None, ge=1, description="most batches of a validation; all if unset")
     save_precision: SavePrecision = Field("fp16", description="number format of the checkpoints")
     seed: int = Field(42, ge=0, lt=2**63, description="seed of everything random")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,9 +78,16 @@ class Learner:
         self._scaler = torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
         self._weights = list(self.network.parameters())
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Return the loss of a batch with fresh noise at random times; a scalar, float32."""
-        question = self._objective.ask(self._latents.of(batch))
+    def loss(self, batch: Batch, timestep: int | None = None) -> Tensor:
+        """Return the loss of a batch with fresh noise; a scalar, float32.
+
+        Args:
+            batch: the images; those for regularisation count `prior_loss_weight` times.
+            timestep: of all of them; drawn for each if None.
+        """
+        clean = self._latents.of(batch)
+        times = None if timestep is None else torch.full((len(batch),), timestep, device=clean.device)
+        question = self._objective.ask(clean, times)
         with self.hardware.autocast():
             text = self._text.of([draw.caption for draw in batch])
             predicted = self._unet(
@@ -89,7 +97,33 @@ class Learner:
                 added_cond_kwargs=_beside_text(text, batch),
                 return_dict=False,
             )[0]
-        return self._objective.loss(predicted, question)
+        return self._objective.loss(predicted, question, self._weights_of(batch, clean.device))
+
+    @contextmanager
+    def evaluating(self, seed: int) -> Iterator[None]:
+        """Within it nothing is learned, nothing dropped, and noise is that of `seed`; afterwards all is as before."""
+        before = Randomness.capture(self.hardware.device)
+        self.network.eval()
+        torch.manual_seed(seed)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.network.train()
+            before.restore(self.hardware.device)
+
+    @property
+    def timesteps(self) -> int:
+        """Length of the noise schedule."""
+        return self._objective.timesteps
+
+    def _weights_of(self, batch: Batch, device: torch.device) -> Tensor | None:
+        regularises = [draw.image.subset.is_reg for draw in batch]
+        if not any(regularises):
+            return None
+        return torch.tensor(
+            [self._config.prior_loss_weight if is_reg else 1.0 for is_reg in regularises], device=device
+        )
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a batch that is one of `gradient_accumulation_steps`."""

@@ -63,6 +63,11 @@ class Objective:
             NoiseSchedule.of(zero_terminal(alphas_cumprod), device) if settings.zero_terminal_snr else original
         )
 
+    @property
+    def timesteps(self) -> int:
+        """Length of the noise schedule."""
+        return self._schedule.steps
+
     def ask(self, clean: Tensor, times: Tensor | None = None) -> Question:
         """Return a batch with fresh noise.
 

@@ -42,6 +42,7 @@ class ObjectiveSettings(StrictSettings):
         None, ge=0, description="strength of noise on the input that the target does not know (input perturbation)"
     )
     ip_noise_gamma_random_strength: bool = Field(False, description="a strength up to ip_noise_gamma for each batch")
+    prior_loss_weight: float = Field(1.0, ge=0, description="how much the loss of a regularisation image counts")
     loss_type: LossType = Field("l2", description="l2, l1, huber or smooth_l1")
     huber_schedule: HuberSchedule = Field(
         "snr", description="how the threshold of huber and smooth_l1 goes with the timestep: snr, exponential, constant"

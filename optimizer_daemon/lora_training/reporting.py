@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -129,6 +130,22 @@ class Reporter:
             self._pending.clear()
             self._draw()
         self._read_at = time.monotonic()
+
+    def validated(self, after: Literal["epoch", "step"], number: int, loss: float) -> None:
+        """Report a validation.
+
+        Args:
+            after: what came before it.
+            number: of that epoch or optimizer step, counted from 1.
+            loss: the mean on images that are not trained on.
+        Raises:
+            UserError: see `step`.
+        """
+        self.catch_up()
+        print(f"\nvalidation loss after {after} {number}: {loss:.5f}", flush=True)
+        if self._board is not None:
+            self._board.add_scalar(f"loss/validation/{after}_average", loss, number)
+            self._board.add_scalar(f"loss/validation/{after}_divergence", loss - self.mean.value, number)
 
     def end_epoch(self, epoch: int) -> None:
         """Close an epoch.

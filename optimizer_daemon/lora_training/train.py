@@ -23,6 +23,7 @@ from optimizer_daemon.lora_training.state import Position, Randomness, load_stat
 from optimizer_daemon.lora_training.stopping import StopWish
 from optimizer_daemon.lora_training.strict_settings import count_steps
 from optimizer_daemon.lora_training.toml_file import line_of_key
+from optimizer_daemon.lora_training.validation import Validation
 from shared.errors import ResourceError, Stopped
 from shared.failpoints import reach
 
@@ -67,7 +68,8 @@ def _train(config: TrainConfig, data: TrainingData, base: BaseModel, wish: StopW
         logging_dir=config.logging_dir,
         rate_names=learner.torch_optimizer.tags,
     ) as reporter:
-        _Course(config, data, learner, reporter, identity, metadata).run(start, steps_per_epoch, wish)
+        validation = Validation.of(config, data, learner.timesteps)
+        _Course(config, data, learner, reporter, identity, metadata, validation).run(start, steps_per_epoch, wish)
     reach("trainer.finished")
     remove_state(config.state_folder)
 
@@ -82,6 +84,7 @@ class _Course:
     reporter: Reporter
     identity: Mapping[str, Any]
     metadata: Mapping[str, str]
+    validation: Validation
 
     def run(self, position: Position, steps_per_epoch: int, wish: StopWish) -> None:
         """Train from `position` to the end."""
@@ -102,6 +105,11 @@ class _Course:
                     randomness = Randomness.capture(device)
                     reporter.step(position.step, places, losses, learner.rates)
                     reach("trainer.step")
+                    if self.validation.is_due_after_step(position.step):
+                        reporter.validated("step", position.step, self.validation.loss(learner, wish.check))
+                # Before the epoch counts as done: a training that is stopped meanwhile comes back to its end.
+                if self.validation.is_due_after_epoch(epoch):
+                    reporter.validated("epoch", epoch, self.validation.loss(learner, wish.check))
                 position = Position(epoch + 1, 0, position.step)
                 reporter.end_epoch(epoch)
                 if is_due(config, epoch):
@@ -159,6 +167,8 @@ def _introduce(config: TrainConfig, data: TrainingData, base: BaseModel, learner
     print(
         "running training\n"
         f"  num train images * repeats: {data.num_train_images}\n"
+        f"  num validation images: {len(data.validation_images)}\n"
+        f"  num reg images: {data.num_reg_images}\n"
         f"  num batches per epoch: {data.batches_per_epoch}\n"
         f"  num epochs: {config.max_train_epochs}\n"
         f"  batch size per device: {sizes}\n"
@@ -172,6 +182,12 @@ def _introduce(config: TrainConfig, data: TrainingData, base: BaseModel, learner
     )
     for sentence in ignored_settings(config, base):
         print(f"  note: {sentence}", flush=True)
+    if both := {image.path for image in data.images} & {image.path for image in data.validation_images}:
+        print(
+            f"  warning: {len(both)} of the validation images are trained on too: validation_split is rounded as in "
+            "sd-scripts; choose one that makes whole numbers of images",
+            flush=True,
+        )
     if (warmup := count_steps(config.lr_warmup_steps, total_steps)) >= total_steps:
         print(f"  warning: the warm-up of {warmup} steps is never over; lower lr_warmup_steps", flush=True)
 

@@ -87,8 +87,14 @@ def reference_losses(
     sgd: bool = False,
     clip: float = 1.0,
     flip: bool = False,
+    repeats: dict[str, int] | None = None,
+    counts: dict[str, float] | None = None,
 ) -> list[float]:
-    """Loss of each optimizer step: batches of two, a constant rate, AdamW or SGD."""
+    """Loss of each optimizer step: batches of two, a constant rate, AdamW or SGD.
+
+    An image is seen once and its loss counts once, unless `repeats` and `counts` say otherwise.
+    """
+    repeats, counts = repeats or {}, counts or {}
     load = {"local_files_only": True}
     unet = UNet2DConditionModel.from_pretrained(base / "unet", **load).eval().requires_grad_(False)
     encoder = CLIPTextModel.from_pretrained(base / "text_encoder", **load).float().eval().requires_grad_(False)
@@ -108,7 +114,7 @@ def reference_losses(
     losses = []
     for epoch in range(1, epochs + 1):
         rng = random.Random(seed + epoch)
-        order = sorted(captions)
+        order = [name for name in sorted(captions) for _ in range(repeats.get(name, 1))]
         rng.shuffle(order)
         batches = [order[start : start + 2] for start in range(0, len(order), 2)]
         rng.shuffle(batches)
@@ -135,6 +141,7 @@ def reference_losses(
                 ).sample
                 target = scheduler.get_velocity(clean, noise, times) if velocity else noise
                 error = ((predicted - target) ** 2).mean([1, 2, 3])
+                error = error * torch.tensor([counts.get(name, 1.0) for name in names])
                 if gamma is not None:
                     alphas = scheduler.alphas_cumprod[times]
                     snr = alphas / (1 - alphas)
