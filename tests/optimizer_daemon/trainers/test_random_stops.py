@@ -112,7 +112,7 @@ def prove(root: Path, stops: int, steps_between: int, seed: int) -> list[Stop]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_stopped_at_twenty_random_moments_it_ends_with_the_same_weights(tmp_path: Path):
-    done = prove(tmp_path, stops=20, steps_between=24, seed=6)
+    done = prove(tmp_path, stops=20, steps_between=12, seed=6)
     for number, stop in enumerate(done, 1):
         print(f"stop {number:2}: {stop.moment}, state at step {stop.step}, all over after {stop.seconds:.2f} s")
     assert len(done) == 20
