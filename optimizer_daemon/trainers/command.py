@@ -12,6 +12,7 @@ from typing import Any
 
 from optimizer_daemon.collecting.job import JOB, Job
 from optimizer_daemon.collecting.patterns import Pattern
+from optimizer_daemon.collecting.progress import parse_line
 from optimizer_daemon.trainers.base import LaunchPlan, ResumePoint, TrainerInput
 from optimizer_daemon.trainers.command_options import TABLE, CommandOptions, read_options
 from optimizer_daemon.trainers.diagnosis import explain
@@ -19,7 +20,7 @@ from optimizer_daemon.trainers.picture_folder import check_pictures, make_pictur
 from optimizer_daemon.trainers.templates import fill
 from shared.errors import SettingsError, UserError
 from shared.layout import StudyLayout, TrialLayout
-from shared.progress_bar import Progress, parse_bar
+from shared.progress_bar import Progress
 from shared.schemas import Run, TrainerExit, TrialParams
 from shared.schemas.base import Scalar
 
@@ -135,7 +136,7 @@ class CommandTrainer:
 
     def parse_progress(self, line: str) -> Progress | None:
         """Read the bar that our collecting process draws for the program, or the program's own of the same form."""
-        return parse_bar(line)
+        return parse_line(line)
 
     def diagnose(self, record: TrainerExit | None, last_lines: Sequence[str]) -> str:
         """Return the collecting process's or the program's own error line, or what its end and last lines mean."""
