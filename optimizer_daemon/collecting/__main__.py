@@ -130,18 +130,16 @@ class Collector:
         return 0
 
     def _no_final(self) -> str:
+        """Say it shortly: of a long line in the log only the ends are quoted."""
         job = self._job
-        wanted = (
-            f"final = {job.final!r}"
-            if job.final is not None
-            else f"checkpoints = {list(job.checkpoints)} after epoch {job.epochs}"
-        )
-        refused = "".join(f"; {path}: {reason}" for path, reason in self._delivery.refused.items())
-        there = sorted(path.relative_to(job.output_dir).as_posix() for path in job.output_dir.rglob("*.safetensors"))
-        found = f"there are {', '.join(there[:5])}" if there else "it left no .safetensors file at all"
+        wanted = f"final = {job.final!r}" if job.final is not None else f"checkpoints after epoch {job.epochs}"
+        left = sorted(path.relative_to(job.output_dir).as_posix() for path in job.output_dir.rglob("*.safetensors"))
+        others = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        what = f"it left {left[0]}{others}" if left else "it left no .safetensors file"
+        refused = next((f" ({path.name}: {reason})" for path, reason in self._delivery.refused.items()), "")
         return (
-            f"the program ended with exit status 0 but left no whole file for {wanted} in {job.output_dir} ({found})"
-            f"{refused}; correct that pattern in [trainer.command], or make the program save there"
+            f"the program ended with exit status 0 but without a whole file for {wanted}; correct that in "
+            f"[trainer.command], or make it save there: {what}{refused}"
         )
 
 

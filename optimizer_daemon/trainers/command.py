@@ -84,7 +84,6 @@ class CommandTrainer:
         _require_held_out(options, run)
         trial = TrialLayout(trial.folder.absolute())
         values = _values(params, trial, run, options)
-        _require_all_told(options, params)
         command = _filled(options.command, values, "command")
         if options.resume:
             # Filled in every time: a misspelt one is to be told before the first trial.
@@ -111,6 +110,7 @@ class CommandTrainer:
             state=None if options.state is None else _pattern(options.state, values, "state"),
             progress=tuple(options.progress),
         )
+        _require_all_told(options, params)
         if job.final is None and job.epochs is None:
             raise SettingsError(
                 f"{TABLE} final", None, "the search space has no max_train_epochs, so write its pattern"

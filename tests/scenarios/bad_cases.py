@@ -12,6 +12,7 @@ from pathlib import Path
 from examples.tiny_world.paths import BASE_MODEL, CLIP_MODEL, DATASET_TOML
 from shared.layout import StudyLayout
 from tests.scenarios.bad_input import Case, World
+from tests.scenarios.command_cases import BY_PROGRAM
 from tests.scenarios.kohya_cases import BY_COMMAND
 
 Spoil = Callable[[World], list[str]]
@@ -915,6 +916,6 @@ EVALUATOR_OF_STUDY = [
 ]
 
 CASES = [
-    *(DATA + SETTINGS + PLUGINS + SPACES + MODELS + PLACES + EVALUATOR + BY_COMMAND),
+    *(DATA + SETTINGS + PLUGINS + SPACES + MODELS + PLACES + EVALUATOR + BY_COMMAND + BY_PROGRAM),
     *(replace(case, study=True) for case in STUDIES + EVALUATOR_OF_STUDY),
 ]

@@ -1,0 +1,95 @@
+"""What a start of the command trainer says to bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from examples.tiny_world.paths import DATASET_TOML
+from tests.scenarios.bad_input import Case, World
+
+COMMAND = 'command = "true {learning_rate} {network_dim} {network_alpha} {optimizer_type} {max_train_epochs}"'
+
+
+def command(table: str, *words: object) -> Callable[[World], list[str]]:
+    """A study that another program is to train, with this [trainer.command] table."""
+
+    def spoil(world: World) -> list[str]:
+        with world.study_file.open("a") as file:
+            file.write(f"[trainer.command]\n{table}\n")
+        return world.optimizer("--trainer", "command", *words)
+
+    return spoil
+
+
+def and_final(table: str) -> Callable[[World], list[str]]:
+    return command(f'final = "*.safetensors"\n{table}')
+
+
+BY_PROGRAM = [
+    Case(
+        "command: no command",
+        ("[trainer.command] command: None will not do", "write the command line"),
+        command('final = "x"'),
+    ),
+    Case(
+        "command: a misspelt key",
+        ("[trainer.command] finals: 'x'", "did you mean 'final'?"),
+        command(f'{COMMAND}\nfinals = "x"'),
+    ),
+    Case(
+        "command: no such program",
+        ("[trainer.command] command: 'no-such-trainer'", "there is no such program"),
+        and_final('command = "no-such-trainer"'),
+    ),
+    Case(
+        "command: a Python nobody named",
+        ("--trainer-python: None", "{python}"),
+        and_final('command = "{python} train.py"'),
+    ),
+    Case(
+        "command: no such folder", ("cwd: '/nowhere'", "that is no folder"), and_final(f'{COMMAND}\ncwd = "/nowhere"')
+    ),
+    Case(
+        "command: an unknown placeholder",
+        ("[trainer.command] command: '{learning_rte}'", "did you mean 'learning_rate'?"),
+        and_final(COMMAND.replace("{learning_rate}", "{learning_rte}")),
+    ),
+    Case(
+        "command: a parameter that the program is never told",
+        ("space.toml: trial parameters: network_dim: [trainer.command] never tells it", "{network_dim}"),
+        and_final(COMMAND.replace(" {network_dim}", "")),
+    ),
+    Case(
+        "command: a pattern that leaves the folder",
+        ("[trainer.command] final: ", "/../x' will not do", "below {output_dir}"),
+        command(f'{COMMAND}\nfinal = "../x"'),
+    ),
+    Case(
+        "command: steps that nobody can turn into epochs",
+        ("steps_per_epoch: None", "write how many make an epoch"),
+        and_final(f'{COMMAND}\ncheckpoints = "c-{{step}}.safetensors"'),
+    ),
+    Case(
+        "command: nothing to collect",
+        ("[trainer.command] final: None", "write where the program saves its weights"),
+        command(COMMAND),
+    ),
+    Case(
+        "command: a quotation without end",
+        ('[trainer.command] command: "true \'x" will not do', "No closing quotation"),
+        and_final('command = "true \'x"'),
+    ),
+    Case(
+        "command: a picture without caption",
+        ("01_red_cube.png has no caption", "01_red_cube.txt is missing", "class_tokens"),
+        lambda world: (
+            (world.pictures / "01_red_cube.txt").unlink(),
+            and_final(COMMAND.replace("true ", "true {dataset_dir} "))(world),
+        )[1],
+    ),
+    Case(
+        "command: likeness to pictures that it may have trained on",
+        ("[trainer.command] command: ", "likeness to 4 pictures", "{dataset_dir}", "holds_out = true"),
+        command(f'{COMMAND}\nfinal = "*.safetensors"', "--scoring", "recommended", "--dataset-config", DATASET_TOML),
+    ),
+]
