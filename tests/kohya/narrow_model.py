@@ -62,11 +62,11 @@ def save_narrow_model(folder: Path) -> Path:
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder)
-    _name_as_published(folder / "text_encoder/model.safetensors")
+    name_as_published(folder / "text_encoder/model.safetensors")
     return folder
 
 
-def _name_as_published(weights: Path) -> None:
+def name_as_published(weights: Path) -> None:
     """Put the level back that transformers 5.6 took out of CLIPTextModel; every published folder has it."""
     from safetensors.torch import load_file, save_file
 
