@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from optimizer_daemon.lora_training.dataset_settings import DatasetSettings
-from optimizer_daemon.lora_training.network_settings import NetworkSettings
+from optimizer_daemon.lora_training.network_settings import FilePath, NetworkSettings
 from optimizer_daemon.lora_training.objective_settings import ObjectiveSettings
+from optimizer_daemon.lora_training.optimizer_names import has_one_rate
 from optimizer_daemon.lora_training.rate_settings import RateSettings
 from optimizer_daemon.lora_training.toml_file import read_toml, unknown_key
 from shared.errors import UserError
@@ -22,11 +23,10 @@ from shared.strict_json import first_fault
 
 SavePrecision = Literal["fp16", "bf16", "float"]
 
-FilePath = Annotated[Path, BeforeValidator(lambda value: Path(value) if isinstance(value, str) and value else value)]
-
-ARGUMENT_TABLES = ("optimizer_args", "lr_scheduler_args")
+ARGUMENT_TABLES = ("optimizer_args", "lr_scheduler_args", "network_args")
 """Settings that are tables; a search space names what is in them as `table.name`."""
 
+_ONLY = ("network_train_unet_only", "network_train_text_encoder_only")
 _PATHS = (
     "pretrained_model_name_or_path",
     "dataset_config",
@@ -34,6 +34,7 @@ _PATHS = (
     "logging_dir",
     "state_dir",
     "latent_cache_dir",
+    "network_weights",
 )
 # What a resumed training may do differently: none of these decides its weights.
 _FREE_ON_RESUME = frozenset(
@@ -53,6 +54,7 @@ _FREE_ON_RESUME = frozenset(
         "max_validation_steps",
         "threads",
         "device",
+        "gradient_checkpointing",  # computes the same a second time
     }
 )
 
@@ -98,26 +100,43 @@ class TrainConfig(ObjectiveSettings, RateSettings, NetworkSettings, DatasetSetti
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = Field(
         "auto", description="auto: no on a CPU, else bf16 where the GPU has it, else fp16"
     )
-    gradient_checkpointing: bool = Field(False, description="compute activations twice to save memory")
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        False, description="compute activations twice to save memory; auto: once the memory has run out, from there on"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if not self.trains_unet and not self.trains_text_encoder:
+            only = next((name for name in _ONLY if getattr(self, name)), None)
+            if only is not None:
+                raise ValueError(f"{only} leaves only what has rate 0, so nothing would be trained; take it out")
             raise ValueError("unet_lr and text_encoder_lr are both 0, so nothing would be trained; raise one")
+        rates = {rate for rate in self.text_encoder_rates if rate and self.trains_text_encoder}
+        rates |= {self.effective_unet_lr} if self.trains_unet else set()
+        if has_one_rate(self.optimizer_type) and len(rates) > 1:
+            raise ValueError(
+                f"optimizer_type {self.optimizer_type!r} has one rate for all it trains, but the rates are "
+                f"{', '.join(map(repr, sorted(rates)))}; make unet_lr and text_encoder_lr equal, or 0"
+            )
+        if has_one_rate(self.optimizer_type) and (self.network_args.unet_ratio or self.network_args.text_encoder_ratio):
+            raise ValueError(
+                f"optimizer_type {self.optimizer_type!r} has one rate for all it trains, but network_args ask for "
+                "LoRA+; take the loraplus ratios out"
+            )
         return self
 
     @property
     def trains_unet(self) -> bool:
-        return self.effective_unet_lr > 0
+        return self.effective_unet_lr > 0 and not self.network_train_text_encoder_only
 
     @property
     def trains_text_encoder(self) -> bool:
         """Whether any of them is."""
-        return any(rate > 0 for rate in self.text_encoder_rates)
+        return any(rate > 0 for rate in self.text_encoder_rates) and not self.network_train_unet_only
 
     def untrained(self, text_encoders: Sequence[str]) -> frozenset[str]:
-        """Return which parts of the base model get no LoRA: those with rate 0."""
-        rates = self.text_encoder_rates
+        """Return which parts of the base model get no LoRA: those with rate 0, and those that are to be left alone."""
+        rates = self.text_encoder_rates if self.trains_text_encoder else [0.0]
         frozen = {part for part, rate in zip(text_encoders, rates * len(text_encoders), strict=False) if not rate}
         return frozenset(frozen if self.trains_unet else {*frozen, "unet"})
 

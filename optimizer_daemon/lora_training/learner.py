@@ -24,6 +24,7 @@ from optimizer_daemon.lora_training.optimizers import create_optimizer
 from optimizer_daemon.lora_training.resident import frozen_networks
 from optimizer_daemon.lora_training.schedulers import create_lr_scheduler
 from optimizer_daemon.lora_training.size_conditions import time_ids
+from optimizer_daemon.lora_training.start_weights import load_start_weights
 from optimizer_daemon.lora_training.state import Position, Randomness, TrainingState
 from optimizer_daemon.lora_training.text import TextConditioning, TextEmbedding
 
@@ -68,10 +69,15 @@ class Learner:
             rank=config.network_dim,
             alpha=config.network_alpha,
             dropout=config.network_dropout,
+            args=config.network_args,
             untrained=config.untrained(base.text_encoders),
         ).to(hardware.device)
-        if config.gradient_checkpointing:
-            _save_memory(self._unet, encoders if config.trains_text_encoder else [])
+        if config.network_weights is not None:
+            load_start_weights(self.network, config.network_weights)
+        self._trained_encoders = encoders if config.trains_text_encoder else []
+        self.saves_memory = False
+        if config.gradient_checkpointing is True:
+            self.save_memory()
         self.torch_optimizer = create_optimizer(config, self.network)
         self._optimizer = self.torch_optimizer.optimizer
         self._lr_scheduler = create_lr_scheduler(config, self._optimizer, total_steps)
@@ -139,6 +145,17 @@ class Learner:
         self._scaler.update()
         if self._scaler.get_scale() >= scale_before:  # smaller when fp16 overflowed and the step was left out
             self._lr_scheduler.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._config.scale_weight_norms:
+            self.network.limit(self._config.scale_weight_norms)
+
+    def save_memory(self) -> None:
+        """Compute activations twice from now on: gradient checkpointing."""
+        self.saves_memory = True
+        _save_memory(self._unet, self._trained_encoders)
+
+    def forget_gradients(self) -> None:
+        """Drop what `backward` has added since the last step."""
         self._optimizer.zero_grad(set_to_none=True)
 
     @property

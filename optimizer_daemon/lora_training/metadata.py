@@ -32,7 +32,6 @@ SETTINGS: Mapping[str, object] = {
     "fp8_base_unet": False,
     "full_fp16": False,
     "gradient_accumulation_steps": 1,
-    "gradient_checkpointing": False,
     "huber_c": 0.1,
     "huber_scale": 1.0,
     "huber_schedule": "snr",
@@ -114,6 +113,7 @@ def training_metadata(config: TrainConfig, data: TrainingData, base: BaseModel, 
         "ss_training_started_at": time.time(),
         "ss_optimizer": facts.optimizer,
         "ss_debiased_estimation": config.debiased_estimation_loss,
+        "ss_gradient_checkpointing": config.gradient_checkpointing is True,
         "ss_mixed_precision": facts.precision,
         "ss_num_epochs": config.max_train_epochs,
         "ss_max_train_steps": facts.total_steps,
@@ -121,6 +121,9 @@ def training_metadata(config: TrainConfig, data: TrainingData, base: BaseModel, 
         "ss_cache_latents": True,
         "ss_network_module": "networks.lora",
     }
+    if args := config.network_args.model_dump(exclude_none=True):
+        texts = {name: str(value) for name, value in args.items()}
+        loop["ss_network_args"] = json.dumps({**texts, "dropout": config.network_dropout})
     model = {
         "ss_base_model_version": version,
         "ss_v2": base.version == "sd_v2",

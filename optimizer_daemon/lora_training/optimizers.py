@@ -33,7 +33,7 @@ class TorchOptimizer:
 
     Args:
         optimizer: its groups are the text encoders' weights, one group for each where they have rates of their own,
-            then the UNet's, where these are trained.
+            then the UNet's, where these are trained; with LoRA+ each is followed by its up matrices.
         groups: their names in TensorBoard.
         description: class and arguments, as kohya's ss_optimizer has them.
         finds_rate: every group has a factor "d" of its learning rate, which the optimizer finds.
@@ -80,19 +80,7 @@ def create_optimizer(config: TrainConfig, network: LoraNetwork) -> TorchOptimize
     """
     kind, name = _resolve(config.optimizer_type)
     arguments = _arguments(config, config.optimizer_type.lower())
-    rates = config.text_encoder_rates
-    named_groups = (
-        [("textencoder", network.text_encoder_names, rates[0])]
-        if len(rates) == 1
-        else [
-            (f"textencoder {number}", names, rate)
-            for number, (names, rate) in enumerate(zip(network.encoder_names, rates, strict=True), 1)
-        ]
-    )
-    named_groups.append(("unet", network.unet_names, config.effective_unet_lr))
-    groups = [
-        (label, {"params": network.parameters_of(names), "lr": rate}) for label, names, rate in named_groups if names
-    ]
+    groups = _groups(config, network)
     rate: float | None = config.learning_rate
     if kind is Adafactor and arguments.get("relative_step", True):
         _require_own_course(config)
@@ -114,6 +102,28 @@ def create_optimizer(config: TrainConfig, network: LoraNetwork) -> TorchOptimize
     finds_rate = has_one_rate(config.optimizer_type) and all("d" in group for group in optimizer.param_groups)
     labels = tuple(label for label, _ in groups)
     return TorchOptimizer(optimizer, labels, f"{name}({shown})" if shown else name, finds_rate)
+
+
+def _groups(config: TrainConfig, network: LoraNetwork) -> list[tuple[str, dict[str, Any]]]:
+    """Return kohya's names of the groups, each with weights and rate; with LoRA+ the up matrices are apart."""
+    rates, args = config.text_encoder_rates, config.network_args
+    if len(rates) == 1:
+        parts = [("textencoder", network.text_encoder_names, rates[0], args.text_encoder_ratio)]
+    else:
+        parts = [
+            (f"textencoder {number}", names, rate, args.text_encoder_ratio)
+            for number, (names, rate) in enumerate(zip(network.encoder_names, rates, strict=True), 1)
+        ]
+    parts.append(("unet", network.unet_names, config.effective_unet_lr, args.unet_ratio))
+    groups = []
+    for label, names, rate, ratio in parts:
+        if names and ratio is None:
+            groups.append((label, {"params": network.parameters_of(names), "lr": rate}))
+        elif names and ratio is not None:
+            groups.append((label, {"params": network.parameters_of(names, "lora_down.weight"), "lr": rate}))
+            ups = network.parameters_of(names, "lora_up.weight")
+            groups.append((f"{label} plus", {"params": ups, "lr": rate * ratio}))
+    return groups
 
 
 def _require_own_course(config: TrainConfig) -> None:

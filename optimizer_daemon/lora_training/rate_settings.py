@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from optimizer_daemon.lora_training.optimizer_names import has_one_rate, is_schedule_free
+from optimizer_daemon.lora_training.optimizer_names import is_schedule_free
 from optimizer_daemon.lora_training.strict_settings import Rate, Steps, StrictSettings
 
 LrScheduler = Literal[
@@ -85,13 +85,7 @@ class RateSettings(StrictSettings):
         return self
 
     @model_validator(mode="after")
-    def _possible_rates(self) -> Self:
-        rates = {rate for rate in (self.effective_unet_lr, *self.text_encoder_rates) if rate > 0}
-        if has_one_rate(self.optimizer_type) and len(rates) > 1:
-            raise ValueError(
-                f"optimizer_type {self.optimizer_type!r} has one rate for all it trains, but the rates are "
-                f"{', '.join(map(repr, sorted(rates)))}; make unet_lr and text_encoder_lr equal, or 0"
-            )
+    def _possible_optimizer(self) -> Self:
         if is_schedule_free(self.optimizer_type) and (self.lr_scheduler != "constant" or self.lr_scheduler_type):
             raise ValueError(
                 f"optimizer_type {self.optimizer_type!r} needs no course of the rates, but there is "

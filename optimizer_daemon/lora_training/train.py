@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +99,7 @@ class _Course:
                 )
                 for index in range(position.step_in_epoch, steps_per_epoch):
                     places = range(index * every, min((index + 1) * every, len(batches)))
-                    losses = [_add_gradients(learner, batches[place], wish) for place in places]
+                    losses = self._add_gradients([batches[place] for place in places], randomness, wish)
                     learner.update()
                     position = Position(epoch, index + 1, position.step + 1)
                     randomness = Randomness.capture(device)
@@ -122,6 +122,33 @@ class _Course:
             self._save_state(position, randomness)
             print(f"\nstate saved after step {position.step}: {config.state_folder}", flush=True)
             raise
+
+    def _add_gradients(self, batches: Sequence[Batch], before: Randomness, wish: StopWish) -> list[torch.Tensor]:
+        """Return the losses of the batches of a step, still on their device; their gradients were added.
+
+        With gradient_checkpointing = "auto" a step that runs out of memory is begun again with it.
+
+        Args:
+            batches: of the step.
+            before: the generators at its beginning.
+            wish: to stop.
+        """
+        learner = self.learner
+        if self.config.gradient_checkpointing != "auto" or learner.saves_memory:
+            return [_add_gradients(learner, batch, wish) for batch in batches]
+        try:
+            return [_add_gradients(learner, batch, wish) for batch in batches]
+        except (RuntimeError, MemoryError) as error:
+            if memory_that_ran_out(f"{type(error).__name__}: {error}") is None:
+                raise
+        # Out of the except block, which holds on to the tensors of the failed attempt.
+        learner.forget_gradients()
+        if learner.hardware.device.type == "cuda":
+            torch.cuda.empty_cache()
+        before.restore(learner.hardware.device)
+        learner.save_memory()
+        print("\nthe memory ran out; gradient checkpointing is on from here", flush=True)
+        return [_add_gradients(learner, batch, wish) for batch in batches]
 
     def _save_weights(self, epoch: int, step: int) -> None:
         path, precision = checkpoint_path(self.config, epoch), self.config.save_precision
@@ -197,6 +224,6 @@ def _lack(memory: Memory, config: TrainConfig, data: TrainingData) -> str:
     return out_of_memory(
         memory,
         batch_size=f"batch_size in {data.path} (line {line})" if line else "train_batch_size to 1",
-        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing=bool(config.gradient_checkpointing),  # "auto" had turned it on
         network_dim=config.network_dim,
     )

@@ -89,6 +89,20 @@ OBJECTIVES = [
     },
     {"min_snr_gamma": 2.0, "v_pred_like_loss": 0.5, "debiased_estimation_loss": True, "min_timestep": 1},
 ]
+NETWORKS = [
+    {},
+    {"network_dim": 2, "network_alpha": 8.0, "network_dropout": 0.5},
+    {"network_args": {"conv_dim": 3}},
+    {"network_args": {"conv_dim": 2, "conv_alpha": 4.0, "rank_dropout": 0.4}, "network_alpha": 0.0},
+    {"network_args": {"module_dropout": 0.5}},
+    {
+        "network_args": {"conv_dim": 2, "rank_dropout": 0.3, "module_dropout": 0.2, "loraplus_lr_ratio": 4.0},
+        "network_dropout": 0.1,
+        "scale_weight_norms": 0.5,
+    },
+    {"network_args": {"loraplus_unet_lr_ratio": 16.0}, "scale_weight_norms": 2.0},
+    {"network_args": {"loraplus_text_encoder_lr_ratio": 8.0, "loraplus_lr_ratio": 2.0}},
+]
 SEED = 7
 SAMPLE_WEIGHTS = [1.0, 0.5, 2.0]
 """Of the images: 1.0, or prior_loss_weight of a regularisation image."""
@@ -98,7 +112,8 @@ def main() -> None:
     """Print the golden values."""
     sys.path.insert(0, os.environ["SD_SCRIPTS_DIR"])
     with redirect_stdout(sys.stderr):
-        found = {"courses": courses(), "objectives": objectives()}
+        found = {"courses": courses(), "objectives": objectives(), "networks": networks()}
+        found["defaults"] = [{"settings": {}, **plain_defaults()}]
     # One case a line
     parts = [f'"{name}": [\n' + ",\n".join(map(json.dumps, cases)) + "\n]" for name, cases in found.items()]
     print("{" + ",\n".join(parts) + "}")
@@ -182,6 +197,50 @@ def objectives() -> list[dict]:
             }
         )
     return found
+
+
+def networks() -> list[dict]:
+    """Return the layers, their initial weights, what they add in training, their rates, and what a limit leaves."""
+    import torch
+    from networks import lora
+    from toy_networks import fill, outputs, toys
+
+    found = []
+    for settings in NETWORKS:
+        args = arguments({**RATES, **{name: value for name, value in settings.items() if name != "network_args"}})
+        encoder, unet = toys()
+        torch.manual_seed(SEED)
+        network = lora.create_network(
+            1.0, args.network_dim, args.network_alpha, None, encoder, unet, args.network_dropout,
+            **{key: str(value) for key, value in settings.get("network_args", {}).items()},
+        )  # fmt: skip
+        lora.LoRANetwork.UNET_TARGET_REPLACE_MODULE = ["Transformer2DModel"]  # conv_dim adds to the list for good
+        network.apply_to(encoder, unet, True, True)
+        initial = {name: tensor.flatten()[0].item() for name, tensor in network.state_dict().items()}
+        fill(network, 0.7, "lora_up.weight")
+        network.train()
+        said = outputs(encoder, unet)
+        groups, names = network.prepare_optimizer_params(args.text_encoder_lr, args.unet_lr, args.learning_rate)
+        if args.scale_weight_norms:
+            network.apply_max_norm_regularization(args.scale_weight_norms, "cpu")
+        found.append(
+            {
+                "settings": settings,
+                "names": list(initial),
+                "initial": list(initial.values()),
+                "outputs": said,
+                "groups": names,
+                "rates": [group["lr"] for group in groups],
+                "weights_in_groups": [sum(weight.numel() for weight in group["params"]) for group in groups],
+                "norms": [tensor.float().norm().item() for tensor in network.state_dict().values()],
+            }
+        )
+    return found
+
+
+def plain_defaults() -> dict:
+    """Return sd-scripts' default of each of its settings that JSON can hold."""
+    return {name: value for name, value in vars(arguments({})).items() if name != "config_file"}
 
 
 if __name__ == "__main__":

@@ -46,7 +46,9 @@ toml_values = st.recursive(
     arguments=st.dictionaries(st.text(), toml_values, max_size=3),
 )
 def test_any_config_is_read_as_it_was_written(tmp_path_factory: pytest.TempPathFactory, name, rate, arguments):
-    tables = dict.fromkeys(ARGUMENT_TABLES, arguments)
+    free = ("optimizer_args", "lr_scheduler_args")
+    tables = {**dict.fromkeys(free, arguments), "network_args": {"conv_dim": 4, "rank_dropout": 0.5}}
+    assert tables.keys() == set(ARGUMENT_TABLES)
     written = config(output_name=name, learning_rate=rate, network_dropout=0.5, **tables)
     assert loaded(tmp_path_factory.mktemp("config"), to_toml(written)) == written
 
@@ -112,6 +114,13 @@ def test_a_broken_file_is_one_error_that_names_it(tmp_path: Path, text: str, mes
     assert message in str(caught.value)
 
 
+def inline(value: object) -> str:
+    """Return a value as TOML has it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {inline(inner)}" for key, inner in value.items()) + "}"
+    return json.dumps(value).replace("Infinity", "inf")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -141,6 +150,24 @@ def test_a_broken_file_is_one_error_that_names_it(tmp_path: Path, text: str, mes
             {"optimizer_type": "AdamWScheduleFree", "lr_scheduler": "cosine"},
             "optimizer_type 'AdamWScheduleFree' needs no course of the rates, but there is 'cosine'; use lr_scheduler",
         ),
+        (
+            {"optimizer_type": "Prodigy", "network_args": {"loraplus_lr_ratio": 4}},
+            "optimizer_type 'Prodigy' has one rate for all it trains, but network_args ask for LoRA+; take the",
+        ),
+        (
+            {"network_train_unet_only": True, "network_train_text_encoder_only": True},
+            "network_train_unet_only and network_train_text_encoder_only exclude each other; keep one",
+        ),
+        (
+            {"network_train_unet_only": True, "unet_lr": 0},
+            "network_train_unet_only leaves only what has rate 0, so nothing would be trained; take it out",
+        ),
+        ({"network_args": {"conv_alpha": 4}}, "conv_alpha scales layers that conv_dim makes, which is not set; set it"),
+        (
+            {"network_args": {"conv_rank": 4}},
+            "there is no 'conv_rank' here; the arguments are conv_dim, conv_alpha,",
+        ),
+        ({"gradient_checkpointing": "yes"}, "gradient_checkpointing"),
         ({"adaptive_noise_scale": 0.1}, "adaptive_noise_scale needs noise_offset, which is not set; set it or take"),
         ({"min_timestep": 600, "max_timestep": 500}, "min_timestep 600 lies above max_timestep 500; lower it"),
         ({"loss_type": "l3"}, "loss_type: 'l3' will not do"),
@@ -151,7 +178,9 @@ def test_a_broken_file_is_one_error_that_names_it(tmp_path: Path, text: str, mes
 )
 def test_a_value_that_will_not_do_is_named_with_its_key(tmp_path: Path, changes, message: str):
     values = {**NEEDED, **changes}
-    text = "\n".join(f"{key} = {json.dumps(value).replace('Infinity', 'inf')}" for key, value in values.items())
-    with pytest.raises(UserError, match=r"will not do|has no|nothing|needs|above|has one") as caught:
+    text = "\n".join(f"{key} = {inline(value)}" for key, value in values.items())
+    with pytest.raises(
+        UserError, match=r"will not do|has no|nothing|needs|above|has one|exclude|scales|there is no"
+    ) as caught:
         loaded(tmp_path, text)
     assert message in str(caught.value)
