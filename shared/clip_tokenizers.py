@@ -18,6 +18,11 @@ _KOHYA = {  # sd-scripts' names; it sets SDXL's other padding itself
 }
 
 
+def tokenizer_files(setup: str) -> list[Path]:
+    """Return the files of one tokenizer; see `write_tokenizer`."""
+    return [BASE_CONFIGS / "clip_vocabulary" / name for name in _VOCABULARY] + [BASE_CONFIGS / setup / _SETUP]
+
+
 def write_tokenizer(setup: str, into: Path) -> None:
     """Write one tokenizer as a folder that `CLIPTokenizer.from_pretrained` of transformers 4 and 5 reads.
 
@@ -33,8 +38,7 @@ def write_tokenizer(setup: str, into: Path) -> None:
         into.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DiskError(into, error) from error
-    sources = [BASE_CONFIGS / "clip_vocabulary" / name for name in _VOCABULARY] + [BASE_CONFIGS / setup / _SETUP]
-    for source in sources:
+    for source in tokenizer_files(setup):
         content = source.read_bytes()
         target = into / source.name
         if not target.is_file() or target.read_bytes() != content:

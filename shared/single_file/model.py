@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.clip_tokenizers import BASE_CONFIGS, write_tokenizer
+from shared.clip_tokenizers import BASE_CONFIGS, tokenizer_files
 from shared.errors import CheckpointError, DiskError, SettingsError
-from shared.files import write_bytes
 from shared.safetensors_file import MAX_MODEL_BYTES, Header, read_header
 from shared.single_file import names
 from shared.single_file.names import Shapes
@@ -30,6 +30,9 @@ _OTHERS = {  # the start of a tensor's name -> what such a file is
     "conditioner.embedders.0.model.": "an SDXL refiner; name an SDXL base model",
     "model.diffusion_model.double_blocks.": "a FLUX model; name a Stable Diffusion 1.5 or SDXL model",
     "model.diffusion_model.joint_blocks.": "a Stable Diffusion 3 model; name a Stable Diffusion 1.5 or SDXL model",
+    "cond_stage_model.transformer.embeddings.": (
+        "an old merge, whose text encoder's names lack text_model.; save it again with a program of today"
+    ),
     "lora_": "a LoRA; name the base model it was trained on",
     names.UNET: "a UNet without its text encoder; name a whole model",
 }
@@ -82,28 +85,31 @@ class SingleFile:
         """Write a diffusers folder without weights, as `from_single_file` takes it for `config`.
 
         Args:
-            into: a folder that is there.
+            into: a folder that is there, for as long as the model is being loaded: nothing is synchronised.
             parts: only these, e.g. ("unet",) or ("tokenizer",); None for all.
         Raises:
             DiskError: it could not be written.
         """
         wanted = [*self.configs, "scheduler", *self.tokenizers] if parts is None else parts
-        source = self.own or BASE_CONFIGS / self.family
-        write_bytes(into / "model_index.json", (source / "model_index.json").read_bytes())
-        for part in wanted:
-            try:
+        index = (self.own or BASE_CONFIGS / self.family) / "model_index.json"
+        try:
+            shutil.copyfile(index, into / index.name)
+            for part in wanted:
                 (into / part).mkdir(exist_ok=True)
-            except OSError as error:
-                raise DiskError(into / part, error) from error
-            if part in self.configs:
-                _write_json(into / part / "config.json", self.configs[part])
-            elif part == "scheduler":
-                _write_json(into / part / "scheduler_config.json", self.scheduler)
-            elif self.own is None:
-                write_tokenizer(f"{self.family}/{part}", into / part)
-            else:
-                for file in sorted((self.own / part).iterdir()):
-                    write_bytes(into / part / file.name, file.read_bytes())
+                if part in self.configs:
+                    _write_json(into / part / "config.json", self.configs[part])
+                elif part == "scheduler":
+                    _write_json(into / part / "scheduler_config.json", self.scheduler)
+                else:
+                    for file in self._tokenizer_files(part):
+                        shutil.copyfile(file, into / part / file.name)
+        except OSError as error:
+            raise DiskError(into, error) from error
+
+    def _tokenizer_files(self, part: str) -> list[Path]:
+        if self.own is None:
+            return tokenizer_files(f"{self.family}/{part}")
+        return [file for file in (self.own / part).iterdir() if file.is_file()]
 
     def part_digest(self, part: str) -> str:
         """Return the identity of one part: SHA-256 over its configuration and its tensors' names, shapes and bytes.
@@ -304,4 +310,4 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:
-    write_bytes(path, (json.dumps(document, indent=2, sort_keys=True) + "\n").encode())
+    path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")

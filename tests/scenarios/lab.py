@@ -107,9 +107,18 @@ class Lab:
         space: text of the search space; trainings of 2 or 3 epochs with 6 steps each otherwise.
         dataset: text of the data set's TOML.
         optimizer: further lines of the study file's [optimizer] table.
+        base_model: the tiny world's, or another form of it.
     """
 
-    def __init__(self, folder: Path, *, space: str = SPACE, dataset: str = DATASET_TOML, optimizer: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        space: str = SPACE,
+        dataset: str = DATASET_TOML,
+        optimizer: str = "",
+        base_model: Path = BASE_MODEL,
+    ) -> None:
         self.folder = folder
         self.study = StudyLayout(folder / "study")
         self.study_file = folder / "study.toml"
@@ -117,7 +126,7 @@ class Lab:
         (folder / "space.toml").write_text(space)
         (folder / "dataset.toml").write_text(dataset)
         self.study_file.write_text(
-            f'[optimizer]\nbase_model = "{BASE_MODEL}"\nclip_model = "{CLIP_MODEL}"\ndataset_config = "dataset.toml"\n'
+            f'[optimizer]\nbase_model = "{base_model}"\nclip_model = "{CLIP_MODEL}"\ndataset_config = "dataset.toml"\n'
             'search_space = "space.toml"\noutput_dir = "study"\ndevice = "cpu"\ncfg_scale = 3.0\nnum_samples = 2\n'
             f"render_steps = 4\nsave_every_n_epochs = 1\n{optimizer}\n"
             '[evaluator]\noptimization_dir = "study"\ndevice = "cpu"\ncheck_interval = 2\n'

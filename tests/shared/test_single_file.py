@@ -241,6 +241,11 @@ def test_a_file_that_is_not_exactly_a_model_of_its_family_is_refused(changed, fa
         pytest.param({"conditioner.embedders.0.model.ln_final.bias": 1}, "it is an SDXL refiner", id="refiner"),
         pytest.param({f"{UNET}double_blocks.0.img_attn.qkv.weight": 1}, "it is a FLUX model", id="FLUX"),
         pytest.param({f"{UNET}joint_blocks.0.x.weight": 1}, "it is a Stable Diffusion 3 model", id="SD 3"),
+        pytest.param(
+            {"cond_stage_model.transformer.embeddings.position_embedding.weight": 1, FIRST: 1},
+            "it is an old merge, whose text encoder's names lack text_model.; save it again",
+            id="an old merge",
+        ),
         pytest.param({"lora_unet_mid_block.alpha": 1}, "it is a LoRA; name the base model", id="LoRA"),
         pytest.param({FIRST: 1}, "it is a UNet without its text encoder; name a whole model", id="UNet alone"),
         pytest.param({"down_blocks.0.weight": 1}, "its first tensor is 'down_blocks.0.weight'", id="diffusers names"),
