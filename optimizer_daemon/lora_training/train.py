@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ from optimizer_daemon.lora_training.toml_file import line_of_key
 from optimizer_daemon.lora_training.validation import Validation
 from shared.errors import ResourceError, Stopped
 from shared.failpoints import reach
+
+_MOST_PIXELS_WITHOUT_ONEDNN = 256 * 256
 
 
 def train(config: TrainConfig, data: TrainingData, base: BaseModel, wish: StopWish) -> None:
@@ -60,14 +63,15 @@ def _train(config: TrainConfig, data: TrainingData, base: BaseModel, wish: StopW
     facts = Facts(learner.torch_optimizer.description, hardware.precision, learner.predicts_velocity, total_steps)
     metadata = training_metadata(config, data, base, facts)
     _introduce(config, data, base, learner, total_steps)
-    with Reporter(
+    reporter = Reporter(
         epochs=config.max_train_epochs,
         total_steps=total_steps,
         start=start,
         losses=losses,
         logging_dir=config.logging_dir,
         rate_names=learner.torch_optimizer.tags,
-    ) as reporter:
+    )
+    with reporter, _quick_convolutions(hardware, data):
         validation = Validation.of(config, data, learner.timesteps)
         _Course(config, data, learner, reporter, identity, metadata, validation).run(start, steps_per_epoch, wish)
     reach("trainer.finished")
@@ -176,6 +180,23 @@ def _set_up_torch(config: TrainConfig) -> Hardware:
         torch.set_num_threads(config.threads)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it; nothing changes on a CPU
     return choose_hardware(config)
+
+
+@contextmanager
+def _quick_convolutions(hardware: Hardware, data: TrainingData) -> Iterator[None]:
+    """Do without oneDNN where its reordering of the frozen weights at every convolution costs more than it saves.
+
+    That was measured for one thread and up to 256 x 256 pixels: 6, 24 and 19 % less time at 64, 128 and 256.
+    """
+    most = max(width * height for images in data.sets for width, height in images.buckets)
+    onednn: Any = torch.backends.mkldnn
+    before = onednn.enabled
+    if hardware.device.type == "cpu" and torch.get_num_threads() == 1 and most <= _MOST_PIXELS_WITHOUT_ONEDNN:
+        onednn.enabled = False
+    try:
+        yield
+    finally:
+        onednn.enabled = before
 
 
 def _resumed(config: TrainConfig, learner: Learner, identity: Mapping[str, Any]) -> tuple[Position, tuple[float, ...]]:
