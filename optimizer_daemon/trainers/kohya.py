@@ -53,7 +53,7 @@ class KohyaTrainer:
         study = _settings_of_input(given, family)
         require_options(study)
         python = checks.require_python(given.trainer)
-        checks.require_base_model_for_kohya(given.base_model)
+        checks.require_kohya_base_model(given.base_model, given.trainer.options)
         dataset = checks.require_dataset(given.dataset_config, given.trainer.options)
         checks.require_bucket_steps(given.dataset_config, dataset, given.trainer.options, family)
         trial = StudyLayout(Path("/study")).trial(1)
@@ -190,7 +190,8 @@ def _settings_of_run(run: Run, study: StudyLayout) -> StudySettings:
 
 
 def _clip_skip(trainer: Trainer) -> int:
-    asked = trainer.options.get("clip_skip", CLIP_SKIP)
+    # Stable Diffusion 2 has its last but one layer as its last.
+    asked = trainer.options.get("clip_skip", 1 if trainer.options.get("v2") is True else CLIP_SKIP)
     if not isinstance(asked, int) or isinstance(asked, bool) or asked < 1:
         raise UserError(
             f"[trainer.kohya] clip_skip: {asked!r} will not do; write 1 for the last layer, 2 for the one before"

@@ -10,12 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from optimizer_daemon.lora_training.base_model import inspect_base_model
 from optimizer_daemon.lora_training.toml_file import closest, line_of_key
 from optimizer_daemon.trainers import kohya_inspect
 from optimizer_daemon.trainers.base import TrainerInput
 from optimizer_daemon.trainers.kohya_config import PYTHON_PATH, SCRIPTS, STUDY_KEYS
 from optimizer_daemon.trainers.kohya_data import list_subsets, read_dataset
 from shared.errors import CheckpointError, SettingsError, UserError
+from shared.model_folders import require_base_model
 from shared.process import child_environment
 from shared.safetensors_file import read_header
 from shared.schemas import Trainer
@@ -86,12 +88,25 @@ def version_of(directory: Path) -> str:
     return told.stdout.strip() or "unknown"
 
 
-def require_base_model_for_kohya(base_model: Path) -> None:
-    """Refuse a diffusers folder whose text encoder kohya's transformers would not find the names of.
+def require_kohya_base_model(base_model: Path, options: Mapping[str, Any]) -> None:
+    """Refuse a base model that kohya would load otherwise than it is.
 
+    Args:
+        options: the [trainer.kohya] table.
     Raises:
-        SettingsError: it was saved by transformers 5.
+        UserError: it is not whole, was saved by transformers 5, or needs an option that is not set.
     """
+    require_base_model(base_model)
+    base = inspect_base_model(base_model, setting=_BASE_MODEL)
+    needed = {"v_parameterization": base.predicts_velocity, "v2": base.version == "sd_v2"}
+    for name, is_needed in needed.items():
+        if is_needed and options.get(name) is not True:
+            what = "predicts the velocity" if name == "v_parameterization" else "is a Stable Diffusion 2"
+            raise SettingsError(
+                _BASE_MODEL,
+                str(base_model),
+                f"it {what}, which kohya must be told: set {name} = true in [trainer.kohya]",
+            )
     for part in ("text_encoder", "text_encoder_2"):
         folder = base_model / part
         for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():

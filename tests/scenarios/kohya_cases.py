@@ -6,6 +6,7 @@ tests/kohya runs such refusals against the real ones.
 
 from __future__ import annotations
 
+import argparse
 import json
 import struct
 import sys
@@ -14,6 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from examples.tiny_world.paths import BASE_MODEL
+from optimizer_daemon.search.load import load_space
+from optimizer_daemon.settings import OptimizerSettings, load_optimizer_settings
+from optimizer_daemon.start_checks import check_inputs
+from optimizer_daemon.trainers import TRAINERS
+from shared.errors import UserError
+from shared.layout import StudyLayout
+from shared.settings import add_settings_flags
 from tests.scenarios.bad_input import Case, World
 
 Change = Callable[[World], object]
@@ -78,6 +86,20 @@ def saved_by_transformers_4(world: World) -> Path:
     return base
 
 
+def refusal(words: list[str]) -> str:
+    """Return what the check before a study says to this command; nothing when it finds no fault."""
+    parser = argparse.ArgumentParser()
+    add_settings_flags(parser, OptimizerSettings)
+    settings = load_optimizer_settings(parser.parse_args(words[words.index("run") + 1 :]))
+    assert settings.output_dir is not None
+    trainer, space = TRAINERS.load(settings.trainer_name), load_space(settings.search_space)
+    try:
+        check_inputs(settings, StudyLayout(settings.output_dir), space, trainer, {})
+    except UserError as error:
+        return f"error: {' '.join(str(error).split())}"
+    return ""
+
+
 def in_dataset(table: str, line: str) -> Change:
     return lambda world: world.replace(world.dataset, table, f"{table}\n{line}")
 
@@ -96,6 +118,11 @@ def wrapper(text: str) -> Change:
 
 def without_captions(world: World) -> None:
     (world.pictures / "01_red_cube.txt").unlink()
+
+
+def with_velocity(world: World) -> None:
+    file = world.folder / "model/scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction"}))
 
 
 def with_the_model_of_transformers_5(world: World) -> None:
@@ -226,6 +253,11 @@ KOHYA = [
         "kohya: a base model saved by transformers 5",
         ("--base-model: ", "no text_model.", "draw its weights at random; name a single-file checkpoint"),
         kohya(change=with_the_model_of_transformers_5),
+    ),
+    Case(
+        "kohya: a base model that predicts the velocity",
+        ("--base-model: ", "it predicts the velocity, which kohya must be told: set v_parameterization = true"),
+        kohya(change=with_velocity),
     ),
     Case(
         "kohya: an optimizer argument without quotes",
