@@ -46,16 +46,23 @@ class Bench:
         root: an empty folder.
         trainer: as `--trainer` takes it.
         table: further lines of the study file, such as the trainer's own table.
+        base: the base model.
         beside: a bench of the same trainer, whose preloaded process is used; it takes half a minute to make one.
         parameters: what the trial trains with.
     """
 
     def __init__(
-        self, root: Path, trainer: str = "native", table: str = "", beside: Bench | None = None, **parameters: Any
+        self,
+        root: Path,
+        trainer: str = "native",
+        table: str = "",
+        base: Path = BASE_MODEL,
+        beside: Bench | None = None,
+        **parameters: Any,
     ) -> None:
         (root / "dataset.toml").write_text(DATASET_TOML)
         (root / "study.toml").write_text(
-            f'[optimizer]\ntrainer = "{trainer}"\nbase_model = "{BASE_MODEL}"\ndataset_config = "dataset.toml"\n'
+            f'[optimizer]\ntrainer = "{trainer}"\nbase_model = "{base}"\ndataset_config = "dataset.toml"\n'
             f'output_dir = "study"\ndevice = "cpu"\nsave_every_n_epochs = 1\n{table}\n'
         )
         self.settings = load_optimizer_settings(argparse.Namespace(config=root / "study.toml"))
