@@ -48,6 +48,7 @@ class Collector:
         self._translator = Translator(job)
         self._log = TrainingLog(TrialLayout(job.trial_dir).training_log)
         self._log.skip_to_end()
+        self._parent = os.getppid()
         self._stopped_by: int | None = None
         self._disk_error: DiskError | None = None
 
@@ -99,9 +100,10 @@ class Collector:
             if received is None or received.si_signo == signal.SIGCHLD:
                 self._look()
                 continue
-            # Our supervisor signals the whole tree; anybody else may mean us alone.
-            told_all = received.si_pid == os.getppid()
-            if self._stopped_by is None and (self._job.stop_signal == "SIGINT" or not told_all):
+            # Our supervisor, and once it is gone the daemon, signal the whole tree; anybody else may mean us alone.
+            told_all = received.si_pid == self._parent or os.getppid() != self._parent
+            deaf = self._job.stop_signal == "SIGINT" and received.si_signo == signal.SIGTERM
+            if self._stopped_by is None and (deaf or not told_all):
                 program.send_signal(signal.Signals[self._job.stop_signal])
             self._stopped_by = self._stopped_by or received.si_signo
         return program.returncode

@@ -33,7 +33,7 @@ class Translator:
         self._job = job
         self._patterns = [re.compile(text, re.IGNORECASE) for text in job.progress or (TQDM,)]
         self._said: dict[str, str] = {}
-        self._prepared: Progress | None = None
+        self._last: Progress | None = None
 
     def read(self, lines: Iterable[str]) -> Progress | None:
         """Return how far the training is after these lines; None where they tell nothing new.
@@ -42,7 +42,7 @@ class Translator:
         where nobody knows how many, when it shows a loss. Others, over files or pictures, count as preparation until
         the first step.
         """
-        news, prepared = False, self._prepared
+        news, now = False, self._last
         for line in lines:
             if parse_bar(line) is not None:
                 continue  # already in our form: the daemons read it themselves
@@ -53,13 +53,13 @@ class Translator:
                         self._said |= said
                         news = True
                     else:
-                        prepared = Progress(None, int(said["step"]), int(said["steps"]), preparing=PREPARING)
-        if news:
-            return self._progress()
-        if self._said or prepared == self._prepared:
+                        now = Progress(None, int(said["step"]), int(said["steps"]), preparing=PREPARING)
+        if self._said:
+            now = self._progress() if news else None
+        if now is None or now == self._last:  # an unfinished line is read again at every look
             return None
-        self._prepared = prepared
-        return prepared
+        self._last = now
+        return now
 
     def _is_training(self, said: Mapping[str, str]) -> bool:
         if self._job.steps_per_epoch and self._job.epochs:

@@ -155,6 +155,7 @@ def test_a_bar_over_something_else_is_preparation_until_the_first_step():
     assert parse_line(bar(progress, 8)) == progress
     assert translator.read([other]) is None
     assert translator.read(["Steps:   2%|2  | 1/48 [00:03<02:20,  3.01s/it, lr=0.0001, step_loss=0.3]"]) is not None
+    assert translator.read(["Steps:   2%|2  | 1/48 [00:03<02:20,  3.01s/it, lr=0.0001, step_loss=0.3]"]) is None
     assert translator.read(["Sampling:  50%|#####     | 10/20 [00:03<00:03,  3.01it/s]"]) is None
 
 
