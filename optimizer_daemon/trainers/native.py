@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from optimizer_daemon.lora_training.base_model import inspect_base_model
 from optimizer_daemon.lora_training.config import ARGUMENT_TABLES, TrainConfig, to_toml
-from optimizer_daemon.lora_training.dataset_settings import DatasetSettings
+from optimizer_daemon.lora_training.dataset_settings import of_options
 from optimizer_daemon.lora_training.families import require_encoder_rates, require_family
 from optimizer_daemon.lora_training.optimizer_names import require_optimizer
 from optimizer_daemon.lora_training.toml_file import closest
@@ -69,8 +69,7 @@ class NativeTrainer:
         require_encoder_rates(options.get("text_encoder_lr"), base, setting="[trainer.native] text_encoder_lr")
         # By name: only this check needs the imaging library, the plans do not.
         dataset: Any = importlib.import_module("optimizer_daemon.lora_training.dataset")
-        said = {name: value for name, value in options.items() if name in DatasetSettings.model_fields}
-        dataset.check_data(given.dataset_config, multiple_of=base.vae_factor, command=said)
+        dataset.check_data(given.dataset_config, multiple_of=base.vae_factor, command=of_options(options))
         return metadata.version("lora-tuner")
 
     def plan(
