@@ -210,11 +210,17 @@ def _own_configs(folder: Path, family: Family) -> tuple[Configs, dict[str, Any]]
 
 
 def _scheduler(family: Family, header: Header) -> dict[str, Any]:
-    """Return the family's noise schedule with what the file tells about its training."""
+    """Return the family's noise schedule with what the file tells about its training.
+
+    Raises:
+        ValueError: the file's mark has no meaning in the family.
+    """
     scheduler = shipped_config(family, "scheduler/scheduler_config.json")
     if "v_pred" in header.tensors or header.metadata.get("modelspec.prediction_type") == "v":
         scheduler["prediction_type"] = "v_prediction"
     if "ztsnr" in header.tensors:
+        if family != "sdxl":
+            raise ValueError("its mark ztsnr, a schedule down to zero signal, is SDXL's")
         scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return scheduler
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from evaluator_daemon.gpu import loaded_bytes
 from evaluator_daemon.job import Job
 from evaluator_daemon.pictures import describe
 from evaluator_daemon.renderers.diffusion import DiffusionRenderer
 from evaluator_daemon.renderers.families import load_family
+from evaluator_daemon.renderers.sampling import make_scheduler
 from shared.errors import ResourceError
 from shared.planning import make_plan
 from shared.prompts import parse_line
@@ -35,6 +37,14 @@ def test_it_renders_the_pictures_of_the_folder_and_takes_the_memory_of_the_folde
     assert loaded_bytes(jobs[1]) == loaded_bytes(jobs[0])
 
 
+def test_a_velocity_model_is_sampled_as_it_was_trained(tmp_path):
+    marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    file = save_single_file(tiny_sdxl(tmp_path), tmp_path / "velocity.safetensors", **marks)
+    scheduler = make_scheduler("dpmpp_2m_karras", load_family(file, torch.float32).pipeline.scheduler)
+    assert scheduler.config.prediction_type == "v_prediction"
+    assert scheduler.config.rescale_betas_zero_snr is True
+
+
 def test_its_pictures_name_it_as_the_web_ui_does_and_a_lost_file_is_waited_for(tmp_path):
     file = save_single_file(tiny_sd15(tmp_path), tmp_path / "v1-tiny.safetensors")
     job = job_of(file)
@@ -42,7 +52,7 @@ def test_its_pictures_name_it_as_the_web_ui_does_and_a_lost_file_is_waited_for(t
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])  # still being copied
     with pytest.raises(ResourceError, match=r"v1-tiny\.safetensors: the base model cannot be read \(has "):
-        load_family(file, None)
+        load_family(file, torch.float32)
     file.unlink()
     with pytest.raises(ResourceError, match="the base model cannot be read"):
-        load_family(file, None)
+        load_family(file, torch.float32)

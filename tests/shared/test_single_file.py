@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
 from shared.errors import SettingsError
@@ -143,21 +143,28 @@ def test_a_link_to_the_file_will_do(models, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("metadata", "tensors", "prediction", "rescaled"),
+    ("metadata", "tensors", "prediction"),
     [
-        pytest.param({}, {}, None, None, id="nothing said"),
-        pytest.param({"modelspec.prediction_type": "epsilon"}, {}, None, None, id="epsilon, as sd-scripts says it"),
-        pytest.param({"modelspec.prediction_type": "v"}, {}, "v_prediction", None, id="v, as sd-scripts says it"),
-        pytest.param({}, {"v_pred": torch.zeros(0)}, "v_prediction", None, id="the v_pred mark"),
-        pytest.param(
-            {}, {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, "v_prediction", True, id="v, down to zero signal"
-        ),
+        pytest.param({}, {}, None, id="nothing said"),
+        pytest.param({"modelspec.prediction_type": "epsilon"}, {}, None, id="epsilon, as sd-scripts says it"),
+        pytest.param({"modelspec.prediction_type": "v"}, {}, "v_prediction", id="v, as sd-scripts says it"),
+        pytest.param({}, {"v_pred": torch.zeros(0)}, "v_prediction", id="the v_pred mark"),
     ],
 )
-def test_what_a_model_predicts_is_read_from_the_marks_of_its_trainer(changed, metadata, tensors, prediction, rescaled):
+def test_what_a_model_predicts_is_read_from_the_marks_of_its_trainer(changed, metadata, tensors, prediction):
     scheduler = read_single_file(changed("sd15", metadata or None, **tensors)).scheduler
     assert scheduler.get("prediction_type") == prediction
-    assert scheduler.get("rescale_betas_zero_snr") == rescaled
+
+
+def test_the_mark_of_a_schedule_down_to_zero_signal_is_sdxls(changed):
+    marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    scheduler = read_single_file(changed("sdxl", **marks)).scheduler
+    assert scheduler["prediction_type"] == "v_prediction"
+    assert scheduler["rescale_betas_zero_snr"] is True
+    with pytest.raises(
+        SettingsError, match="its mark ztsnr, a schedule down to zero signal, is SDXL's; put its config"
+    ):
+        require_base_model(changed("sd15", **marks))
 
 
 def test_schedules_counters_and_averaged_weights_are_no_hindrance(changed):
@@ -172,10 +179,14 @@ def test_schedules_counters_and_averaged_weights_are_no_hindrance(changed):
     require_base_model(changed("sdxl", **{"conditioner.embedders.1.model.logit_scale": torch.tensor(1.0)}))
 
 
-def test_attention_of_the_vae_may_be_saved_as_linear_layers(changed, models):
+def test_attention_of_the_vae_may_be_saved_as_linear_layers(changed, models, tmp_path):
     name = "first_stage_model.decoder.mid.attn_1.q.weight"
     tensor = original_tensors(models["sd15"][0])[name]
-    require_base_model(changed("sd15", **{name: tensor[:, :, 0, 0].contiguous()}))
+    file = changed("sd15", **{name: tensor[:, :, 0, 0].contiguous()})
+    read_single_file(file).write_configs(tmp_path, ("vae",))
+    vae = AutoencoderKL.from_single_file(str(file), config=str(tmp_path), subfolder="vae", local_files_only=True)
+    loaded = vae.decoder.mid_block.attentions[0].to_q.weight
+    assert torch.equal(loaded, models["sd15"][0].vae.decoder.mid_block.attentions[0].to_q.weight)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,17 @@ import pytest
 import torch
 
 from optimizer_daemon.lora_training.base_model import inspect_base_model
+from optimizer_daemon.lora_training.models import (
+    Hardware,
+    load_noise_scheduler,
+    load_text_encoders,
+    load_tokenizers,
+    load_unet,
+    load_vae,
+)
 from shared.errors import UserError
 from tests.optimizer_daemon.lora_training.workshop import Workshop, header_of
-from tests.shared.single_files import original_tensors, save_single_file, tiny_sd15, tiny_sdxl
+from tests.shared.single_files import original_tensors, parts_of, save_single_file, tiny_sd15, tiny_sdxl
 
 SETTINGS = {"max_train_epochs": 1, "network_dim": 2, "clip_skip": 2}
 
@@ -66,17 +74,17 @@ def test_what_it_predicts_decides_the_objective(pipeline, tmp_path):
     assert inspect_base_model(file).predicts_velocity
 
 
-def test_an_sdxl_file_trains_both_text_encoders_as_its_folder_does(tmp_path):
-    pipeline = tiny_sdxl(tmp_path).to(torch.float16)
-    pipeline.save_pretrained(tmp_path / "folder")
-    file = save_single_file(pipeline, tmp_path / "xl.safetensors")
-    assert inspect_base_model(file).family == "sdxl"
-    weights = []
-    for base in (tmp_path / "folder", file):
-        workshop = Workshop(tmp_path / f"in_{base.name}", base, tmp_path / f"latents_{base.name}")
-        workshop.root.mkdir()
-        workshop.train(max_train_epochs=1, network_dim=2)
-        weights.append(workshop.weights("lora.safetensors"))
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
-    assert {name.partition("_text")[0] for name in weights[1]} >= {"lora_te1", "lora_te2"}
+def test_both_text_encoders_of_an_sdxl_file_are_loaded_whole(tmp_path):
+    pipeline = tiny_sdxl(tmp_path)
+    base = inspect_base_model(save_single_file(pipeline, tmp_path / "xl.safetensors"))
+    assert base.family == "sdxl"
+    assert base.text_width == 32 + 64
+    hardware = Hardware(torch.device("cpu"), torch.float32)
+    loaded = [load_unet(base, hardware), load_vae(base, hardware), *load_text_encoders(base, hardware)]
+    for model, expected in zip(loaded, parts_of(pipeline).values(), strict=True):
+        assert type(model) is type(expected)
+        state = model.state_dict()
+        assert state.keys() == expected.state_dict().keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
+    assert [tokenizer.pad_token_id for tokenizer in load_tokenizers(base)] == [49407, 0]
+    assert load_noise_scheduler(base).config.beta_start == 0.00085
