@@ -112,7 +112,7 @@ class Learner:
         self.network.eval()
         torch.manual_seed(seed)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.torch_optimizer.settled():
                 yield
         finally:
             self.network.train()

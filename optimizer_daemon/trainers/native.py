@@ -81,7 +81,7 @@ class NativeTrainer:
         resume: ResumePoint | None = None,
     ) -> LaunchPlan:
         """Return the plan; a parameter may be any setting of train_config.toml, or one in a table of it,
-        such as `optimizer_args.weight_decay`.
+        such as `optimizer_args.weight_decay` or `optimizer_args__weight_decay`.
 
         The training itself looks for its state, so that the same command goes on from there.
 
@@ -187,7 +187,7 @@ def _of_options(run: Run) -> dict[str, Any]:
 def _of_trial(params: TrialParams) -> dict[str, Any]:
     values: dict[str, Any] = {"seed": params.training_seed}
     for name, value in params.parameters.items():
-        table, _, argument = name.partition(".")
+        table, _, argument = name.replace("__", ".", 1).partition(".")  # a search space's names have no dots
         if argument and table in ARGUMENT_TABLES:
             values.setdefault(table, {})[argument] = value
         elif name in TrainConfig.model_fields:

@@ -39,6 +39,16 @@ def edited(name: str, old: str, new: str, command: Callable[[World], list[str]] 
     return spoil
 
 
+def trained_with(table: str) -> Spoil:
+    """The study file with these lines in its [trainer.native] table."""
+
+    def spoil(world: World) -> list[str]:
+        world.study_file.write_text(f"{world.study_file.read_text()}[trainer.native]\n{table}\n")
+        return world.optimizer()
+
+    return spoil
+
+
 def picture(change: Callable[[Path, Path], object]) -> Spoil:
     """The data set after `change(picture, its caption file)`."""
 
@@ -437,6 +447,23 @@ SPACES = [
         "space: an optimizer whose package is missing",
         ("'no_package.Adam' will not do", "install its package"),
         edited("space", OPTIMIZER, 'choices = ["AdamW", "no_package.Adam"]'),
+    ),
+    Case(
+        "options: a contradiction",
+        ("lr_scheduler 'cosine_with_min_lr' needs one lowest rate; set either lr_scheduler_min_lr_ratio or",),
+        trained_with("lr_scheduler = 'cosine_with_min_lr'"),
+    ),
+    Case(
+        "options: an unknown argument of the network",
+        ("there is no 'conv_dimm' here; the arguments are conv_dim, conv_alpha, rank_dropout",),
+        trained_with("network_args = { conv_dimm = 4 }"),
+    ),
+    Case(
+        "options: one that does not exist",
+        (
+            "[trainer.native] network_dimm: the native trainer has no such setting; did you mean 'network_dim'?; take it",
+        ),
+        trained_with("network_dimm = 4"),
     ),
     Case(
         "space: a value out of the trainer's range",

@@ -223,3 +223,11 @@ def test_a_drawn_argument_joins_those_of_the_study_file(run: Run):
     run = run.model_copy(update={"trainer": trainer})
     plan = plan_of(run, params(parameters={"lr_scheduler": "polynomial", "lr_scheduler_args.power": 2}))
     assert tomllib.loads(plan.files["train_config.toml"])["lr_scheduler_args"] == {"lr_end": 1e-6, "power": 2}
+
+
+def test_a_search_space_draws_an_argument_by_two_underscores(run: Run):
+    plan = plan_of(run, params(parameters={"network_args__conv_dim": 8, "optimizer_args__weight_decay": 0.1}))
+    written = tomllib.loads(plan.files["train_config.toml"])
+    assert (written["network_args"], written["optimizer_args"]) == ({"conv_dim": 8}, {"weight_decay": 0.1})
+    with pytest.raises(UserError, match="there is no 'conv_rank' here; the arguments are conv_dim, conv_alpha"):
+        plan_of(run, params(parameters={"network_args__conv_rank": 8}))
