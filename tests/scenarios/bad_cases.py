@@ -460,9 +460,7 @@ SPACES = [
     ),
     Case(
         "options: one that does not exist",
-        (
-            "[trainer.native] network_dimm: the native trainer has no such setting; did you mean 'network_dim'?; take it",
-        ),
+        ("[trainer.native] network_dimm: the native trainer has no such setting; did you mean 'network_dim'?",),
         trained_with("network_dimm = 4"),
     ),
     Case(
