@@ -240,6 +240,11 @@ KOHYA = [
         kohya(change=in_dataset("[general]", "random_crop = true")),
     ),
     Case(
+        "kohya: steps of buckets that it refuses only when it trains",
+        ("dataset.toml line 3: datasets[0].bucket_reso_steps: 32 will not do", "kohya trains sd15 at multiples of 64"),
+        kohya(change=in_dataset("[general]", "enable_bucket = true\nbucket_reso_steps = 32")),
+    ),
+    Case(
         "kohya: a picture without a caption",
         ("01_red_cube.png: it has no caption file (.txt)", "write one, or set caption_extension"),
         kohya(change=without_captions),
