@@ -24,6 +24,17 @@ def flags(*words: object) -> Spoil:
     return lambda world: world.optimizer(*words)
 
 
+def native(table: str) -> Spoil:
+    """The optimizer with this [trainer.native] table."""
+
+    def spoil(world: World) -> list[str]:
+        with world.study_file.open("a") as file:
+            file.write(f"[trainer.native]\n{table}\n")
+        return world.optimizer()
+
+    return spoil
+
+
 def watch(*words: object) -> Spoil:
     """The view of the study, with these flags."""
     return lambda world: world.evaluator(*words, verb="watch")
@@ -510,6 +521,11 @@ MODELS = [
         "base model: another family than --model-family says",
         ("--model-family: 'sdxl' will not do", "is sd15, by its own files; say so, or leave it out"),
         flags("--model-family", "sdxl"),
+    ),
+    Case(
+        "base model: more rates than text encoders",
+        ("[trainer.native] text_encoder_lr: [0.0001, 1e-05]", "family sd15 has 1 text encoder; give one rate"),
+        native("text_encoder_lr = [1e-4, 1e-5]"),
     ),
     Case(
         "base model: a part is missing",
