@@ -3,12 +3,14 @@
     cd $SD_SCRIPTS_DIR && $SD_SCRIPTS_PYTHON <this file> <folder of the golden files>
 
 For each family: <family>.txt has a line for each module in the order in which networks.lora makes them, with the
-shapes of its two matrices; <family>_initial.json has the first numbers of some modules' initial weights. Only the
-base models' structure counts, so they are made on the meta device, where nothing is allocated.
+shapes of its two matrices; <family>_initial.json has the first numbers of some modules' initial weights, and the
+digest of the lines that the modules of a network with conv_dim would have. Only the base models' structure counts, so
+they are made on the meta device, where nothing is allocated.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 
 SEED, RANK, ALPHA = 42, 4, 1.0
+CONV_DIM = 2
 NUMBERS = 3  # of each module that is looked at
 EVERY = 25  # modules between two of those; the last is always one
 
@@ -43,12 +46,12 @@ def main(folder: Path) -> None:
 
 def write(folder: Path, family: str, text_encoders: Any, unet: Any) -> None:
     """Write the two files of a family."""
-    from networks.lora import create_network
+    from networks.lora import LoRANetwork, create_network
 
     torch.manual_seed(SEED)
     network = create_network(1.0, RANK, ALPHA, None, text_encoders, unet)
     loras = network.text_encoder_loras + network.unet_loras
-    lines = [f"{lora.lora_name} {shape(lora.lora_down)} {shape(lora.lora_up)}" for lora in loras]
+    lines = lines_of(loras)
     (folder / f"{family}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     looked_at = {*loras[::EVERY], loras[-1]}
     numbers = {
@@ -56,8 +59,22 @@ def write(folder: Path, family: str, text_encoders: Any, unet: Any) -> None:
         for lora in loras
         if lora in looked_at
     }
-    document = {"seed": SEED, "rank": RANK, "lora_down": numbers}
+    usual = list(LoRANetwork.UNET_TARGET_REPLACE_MODULE)
+    wide = create_network(1.0, RANK, ALPHA, None, text_encoders, unet, conv_dim=CONV_DIM)
+    LoRANetwork.UNET_TARGET_REPLACE_MODULE = usual  # conv_dim lengthens the class's own list, for every later network
+    spatial = lines_of(wide.text_encoder_loras + wide.unet_loras)
+    digest = hashlib.sha256("\n".join(spatial).encode()).hexdigest()
+    document = {
+        "seed": SEED,
+        "rank": RANK,
+        "lora_down": numbers,
+        "with conv_dim": {"conv_dim": CONV_DIM, "modules": len(spatial), "sha256": digest},
+    }
     (folder / f"{family}_initial.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def lines_of(loras: list[Any]) -> list[str]:
+    return [f"{lora.lora_name} {shape(lora.lora_down)} {shape(lora.lora_up)}" for lora in loras]
 
 
 def shape(layer: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from optimizer_daemon.lora_training.lora import LoraNetwork
+from optimizer_daemon.lora_training.network_settings import NetworkArgs
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / "tests/data/lora_networks"
@@ -71,6 +73,14 @@ def test_the_same_seed_gives_the_initial_weights_of_sd_scripts(networks, family:
     assert not any(weight.any() for name, weight in networks[family].named_parameters() if "lora_up" in name)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_conv_dim_the_modules_are_those_of_sd_scripts_too(family: str):
+    golden = json.loads((GOLDEN / f"{family}_initial.json").read_text())["with conv_dim"]
+    found = lines(made(family, args=NetworkArgs(conv_dim=golden["conv_dim"])))
+    assert len(found) == golden["modules"]
+    assert hashlib.sha256("\n".join(found).encode()).hexdigest() == golden["sha256"]
+
+
 def test_the_unets_initial_weights_are_the_same_where_no_text_encoder_is_trained(networks):
     alone = made("sd15", untrained={"text_encoder"})
     assert alone.text_encoder_names == []
@@ -92,8 +102,8 @@ def test_sd_scripts_still_makes_the_golden_lists(tmp_path: Path):
     )
     for family in FAMILIES:
         assert (tmp_path / f"{family}.txt").read_text() == (GOLDEN / f"{family}.txt").read_text()
-        numbers, golden = (
-            json.loads((folder / f"{family}_initial.json").read_text())["lora_down"] for folder in (tmp_path, GOLDEN)
-        )
+        again, before = (json.loads((folder / f"{family}_initial.json").read_text()) for folder in (tmp_path, GOLDEN))
+        assert again["with conv_dim"] == before["with conv_dim"]
+        numbers, golden = again["lora_down"], before["lora_down"]
         assert numbers.keys() == golden.keys()
         assert all(numbers[name] == pytest.approx(golden[name], rel=1e-6) for name in golden)
