@@ -19,7 +19,7 @@ _EPOCH = re.compile(r"epoch=(\d+)")
 _ANNOUNCED = re.compile(r"\s*epoch (?P<epoch>\d+)/\d+\s*")
 # The bar of kohya's latents has no name; that of its captions has.
 _PREPARING = re.compile(
-    r"(?:(?P<what>read caption|get image size|(?:epoch )?validation steps):\s+)?"
+    r"\s*(?:(?P<what>read caption|get image size|(?:epoch )?validation steps):\s+)?"
     r"\d+%\|[^|]*\|\s*(?P<done>\d+)/(?P<all>\d+) \["
 )
 _PREPARATION = re.compile(r"(?:encoding )?(?P<what>latents|validating): (?P<done>\d+)/(?P<all>\d+)")

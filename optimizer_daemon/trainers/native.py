@@ -72,6 +72,13 @@ class NativeTrainer:
         dataset.check_data(given.dataset_config, multiple_of=base.vae_factor, command=of_options(options))
         return metadata.version("lora-tuner")
 
+    def clip_skip(self, given: TrainerInput) -> int:
+        """Return the layer that [trainer.native] names, the last one without; SDXL has one of its own."""
+        asked = given.trainer.options.get("clip_skip")
+        if not isinstance(asked, int) or isinstance(asked, bool) or asked < 1:
+            return 1  # nothing, or what the plan refuses with the other settings
+        return 1 if inspect_base_model(given.base_model, setting="--base-model").family == "sdxl" else asked
+
     def plan(
         self,
         params: TrialParams,
