@@ -12,8 +12,8 @@ For each size, with and without the text encoder:
   times. So whatever else loads the machine loads all alike. Wall and CPU seconds per step are medians over the rounds;
   ratios are of the totals, with the 95 % interval of a bootstrap over the rounds.
 
-On a GPU (--device cuda --precision fp16) each round's steps begin after a step that empties what was queued. Prints
-Markdown tables and writes every figure to --out.
+Prints Markdown tables and writes every figure to --out. --device cuda --precision fp16 does the same on a GPU; give it
+--steps 100, for our bar is drawn once a second, and the clock looks at bars.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def ratio_interval(others: Sequence[float], ours: Sequence[float]) -> tuple[floa
     return sum(others) / sum(ours), drawn[int(0.025 * _RESAMPLES)], drawn[int(0.975 * _RESAMPLES)]
 
 
-def measure(task: Task, world: World, *, starts: int, rounds: int, steps: int) -> dict[str, Figures]:
-    """Return the figures by contestant."""
+def measure(task: Task, world: World, scratch: Path, *, starts: int, rounds: int, steps: int) -> dict[str, Figures]:
+    """Return the figures by contestant; `scratch` gets the trainings' folders."""
     racing = [contestant for contestant in contestants(task, world) if contestant.takes(task)]
     figures = {contestant.name: Figures() for contestant in racing}
     running: dict[str, Training] = {}
@@ -80,7 +80,9 @@ def measure(task: Task, world: World, *, starts: int, rounds: int, steps: int) -
                     time.sleep(0.05)
         for number in range(starts + 1):  # the first fills the caches
             for contestant in racing:
-                training = _start(contestant, task, world)
+                folder = scratch / f"{contestant.name} {number}"
+                folder.mkdir()
+                training = _start(contestant, task, world, folder)
                 running[contestant.name] = training
                 if number > 0:
                     figures[contestant.name].start_s.append(time.monotonic() - training.begin)
@@ -106,8 +108,7 @@ def measure(task: Task, world: World, *, starts: int, rounds: int, steps: int) -
     return figures
 
 
-def _start(contestant: Contestant, task: Task, world: World) -> Training:
-    folder = Path(tempfile.mkdtemp(prefix=f"{contestant.name}-".replace(" ", "-")))
+def _start(contestant: Contestant, task: Task, world: World, folder: Path) -> Training:
     training = contestant.start(task, world, folder)
     try:
         training.wait_for_step(1)
@@ -168,7 +169,15 @@ def main() -> None:
     for size in options.sizes:
         for row in options.rows:
             task = Task(size, row == "both", options.batch_size, options.threads, options.device, options.precision)
-            results[str(task)] = measure(task, world, starts=options.starts, rounds=options.rounds, steps=options.steps)
+            with tempfile.TemporaryDirectory(prefix="training-") as scratch:
+                results[str(task)] = measure(
+                    task,
+                    world,
+                    Path(scratch),
+                    starts=options.starts,
+                    rounds=options.rounds,
+                    steps=options.steps,
+                )
             print(table({str(task): results[str(task)]}), flush=True)
     written = {
         "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},

@@ -6,6 +6,7 @@ Model browsers, metadata editors and web UIs read these: ss_* are the training's
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import secrets
@@ -172,11 +173,18 @@ def model_hashes(base: Path) -> dict[str, str]:
     """Return the hashes by which web UIs know the base model: of 64 KiB at 1 MiB, and of the whole file."""
     if base.is_dir():
         return {"ss_sd_model_hash": _FOLDER, "ss_new_sd_model_hash": _FOLDER}
+    look = base.stat()
+    old, whole = _file_hashes(base, look.st_size, look.st_mtime_ns, look.st_ino)
+    return {"ss_sd_model_hash": old, "ss_new_sd_model_hash": whole}
+
+
+@functools.lru_cache(maxsize=1)
+def _file_hashes(base: Path, *stamp: int) -> tuple[str, str]:
+    """Read a file of gigabytes once; `stamp` tells its states apart."""
     with base.open("rb") as file:
         whole = hashlib.file_digest(file, "sha256").hexdigest()
         file.seek(_OLD_HASH_AT)
-        old = hashlib.sha256(file.read(_OLD_HASH_LENGTH)).hexdigest()[:8]
-    return {"ss_sd_model_hash": old, "ss_new_sd_model_hash": whole}
+        return hashlib.sha256(file.read(_OLD_HASH_LENGTH)).hexdigest()[:8], whole
 
 
 def _dataset_facts(images: ImageSet) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 
@@ -10,6 +11,8 @@ import torch
 
 from optimizer_daemon.lora_training import resident
 from optimizer_daemon.lora_training.base_model import inspect_base_model
+from optimizer_daemon.lora_training.learner import Learner
+from optimizer_daemon.lora_training.metadata import model_hashes
 from optimizer_daemon.lora_training.models import Hardware
 from tests.optimizer_daemon.lora_training.tiny_model import save_tiny_model
 from tests.optimizer_daemon.lora_training.workshop import Workshop
@@ -62,6 +65,38 @@ def test_networks_of_a_single_file_are_kept_until_it_or_its_configuration_change
     shutil.rmtree(tmp_path / "model.config")
     os.utime(base.folder, ns=(1, 1))
     assert resident.frozen_networks(base, CPU)[0] is not unet
+
+
+def test_a_file_is_hashed_once_and_again_when_it_has_changed(tmp_path):
+    file = tmp_path / "base.safetensors"
+    file.write_bytes(b"one")
+    first = model_hashes(file)
+    assert first["ss_new_sd_model_hash"] == hashlib.sha256(b"one").hexdigest()
+    times = file.stat()
+    file.write_bytes(b"two")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert model_hashes(file) == first, "nothing that a look shows has changed, so nothing was read"
+    file.write_bytes(b"three")
+    assert model_hashes(file)["ss_new_sd_model_hash"] == hashlib.sha256(b"three").hexdigest()
+
+
+@pytest.mark.parametrize(("threads", "size", "used"), [(1, 64, False), (2, 64, True), (1, 264, True)])
+def test_one_thread_trains_small_pictures_without_onednn_and_leaves_it_as_it_was(
+    tmp_path, base_model, latent_cache, monkeypatch, threads, size, used
+):
+    workshop = Workshop(tmp_path, base_model, latent_cache)
+    workshop.dataset(dataset=f"resolution = {size}\nbatch_size = 2")
+    seen = []
+    update = Learner.update
+
+    def watched(learner):
+        seen.append(torch.backends.mkldnn.enabled)
+        update(learner)
+
+    monkeypatch.setattr(Learner, "update", watched)
+    workshop.train(threads=threads, max_train_epochs=1)
+    assert set(seen) == {used}
+    assert torch.backends.mkldnn.enabled
 
 
 def test_nothing_is_kept_where_memory_is_short(tmp_path, monkeypatch):

@@ -144,6 +144,18 @@ def test_unknown_trainers_are_refused_with_the_known_ones():
         TRAINERS.load("kohia")
 
 
+def test_trainings_in_our_python_are_forked_from_one_that_has_loaded_the_model(run: Run):
+    ours, other = (
+        run.model_copy(update={"trainer": run.trainer.model_copy(update={"python": python})})
+        for python in (None, "/opt/python")
+    )
+    preload = NATIVE.preload(ours)
+    assert preload.modules == ("optimizer_daemon.lora_training.train",)
+    assert preload.call[1] == str(Path(run.base_model).absolute())
+    assert (preload.env["OMP_NUM_THREADS"], preload.cwd) == ("1", plan_of(ours).cwd)
+    assert NATIVE.preload(other) is None
+
+
 def test_planning_imports_nothing_heavy():
     code = (
         "import sys; import optimizer_daemon.trainers.native; "
