@@ -28,6 +28,7 @@ class Delivery:
         self._numbered = [Pattern(text) for text in job.checkpoints]
         self._final = None if job.final is None else Pattern(job.final)
         self._seen: dict[Path, Stamp] = {}
+        self._brought: dict[Path, Stamp] = {}
         self.refused: dict[Path, str] = {}
 
     def collect(self) -> list[Path]:
@@ -71,8 +72,8 @@ class Delivery:
         return max(1, (2 * match.number + self._job.steps_per_epoch) // (2 * self._job.steps_per_epoch))
 
     def _bring(self, path: Path, target: Path) -> Path | None:
-        if not self._at_rest(path):
-            return None
+        if not self._at_rest(path) or self._brought.get(path) == self._seen[path]:
+            return None  # the second for a file whose time of change lies in the future
         try:
             before = read_header(path, self._job.output_dir).stamp
             content = path.read_bytes()
@@ -86,6 +87,7 @@ class Delivery:
             return None
         self.refused.pop(path, None)
         write_bytes(target, content)
+        self._brought[path] = before
         return target
 
     def _at_rest(self, path: Path) -> bool:

@@ -226,6 +226,13 @@ def test_a_file_that_is_written_again_is_brought_again_and_never_changes_under_a
     assert target.read_bytes() == lora(1, 0.75)
 
 
+def test_a_file_from_the_future_is_brought_once(trial: TrialLayout):
+    delivery, source = Delivery(job_in(trial.folder)), trial.folder / "out/s10.safetensors"
+    source.write_bytes(lora(1, 0.5))
+    os.utime(source, (2e9, 2e9))
+    assert [len(delivery.collect()) for _ in range(4)] == [0, 1, 0, 0]
+
+
 def test_links_to_elsewhere_and_what_is_no_weight_file_are_never_brought(trial: TrialLayout, tmp_path: Path):
     delivery = Delivery(job_in(trial.folder, final="*.safetensors"))
     (tmp_path / "elsewhere.safetensors").write_bytes(lora(1, 0.5))

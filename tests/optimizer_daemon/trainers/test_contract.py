@@ -79,8 +79,8 @@ CASES = {
     ),
     "kohya": Case(
         table=KOHYA,
-        broken=f"{KOHYA}optimizer_type = 'no_module.NoOptimizer'\n",
-        why="No module named 'no_module'",
+        broken=f"{KOHYA}network_weights = '/nowhere/lora.safetensors'\n",
+        why='the training crashed with FileNotFoundError: No such file or directory: "/nowhere/lora.safetensors"',
         exact=False,
         asks=True,
     ),
