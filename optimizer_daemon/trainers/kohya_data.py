@@ -23,7 +23,7 @@ from optimizer_daemon.lora_training.toml_file import read_toml
 from optimizer_daemon.trainers.kohya_config import DATA_KEYS
 from shared.errors import DiskError, SettingsError, UserError
 from shared.files import write_text
-from shared.held_out import IMAGE_SUFFIXES, file_digest
+from shared.held_out import IMAGE_SUFFIXES, file_digest, image_files
 from shared.layout import StudyLayout
 from shared.schemas import Run
 
@@ -181,7 +181,7 @@ def _link(subset: Subset, sources: Iterable[Source], farm: Path) -> Path:
 
 def _sources(folder: Path, caption_extension: str) -> Iterator[Source]:
     try:
-        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+        files = image_files(folder)
     except OSError as error:
         raise SettingsError(_SETTING, str(folder), f"name a folder of pictures ({error.strerror})") from error
     taken: set[str] = set()

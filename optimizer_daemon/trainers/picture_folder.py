@@ -15,7 +15,7 @@ from typing import Any
 
 from shared.errors import DiskError, SettingsError, UserError
 from shared.files import write_text
-from shared.held_out import IMAGE_SUFFIXES, file_digest
+from shared.held_out import file_digest, image_files
 from shared.layout import StudyLayout
 
 METADATA = "metadata.jsonl"
@@ -101,9 +101,8 @@ def _pictures(dataset_config: Path) -> Iterator[CaptionedPicture]:
             if not subset.get("is_reg") and "image_dir" in subset
         ]
         for number, subset, folder in folders:
-            for file in sorted(folder.iterdir()):
-                if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file():
-                    yield CaptionedPicture(f"{number:02d}_{file.name}", file, _caption(file, subset))
+            for file in image_files(folder):
+                yield CaptionedPicture(f"{number:02d}_{file.name}", file, _caption(file, subset))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(
             "--dataset-config", str(dataset_config), f"name a readable kohya dataset TOML ({error})"
