@@ -40,7 +40,7 @@ def test_an_environment_with_transformers_5(world: NarrowWorld, tmp_path: Path):
     python.chmod(0o755)
     lab = KohyaLab(tmp_path, world, epochs=2)
     change(lab.study_file, f'"{world.python}"', f'"{python}"')
-    assert_refused(lab, f"--trainer-python: {python}", "it has transformers 5.", "pins")
+    assert_refused(lab, f"--trainer-python: '{python}'", "it has transformers 5.", "pins")
 
 
 def test_a_launcher(world: NarrowWorld, tmp_path: Path):
@@ -49,7 +49,7 @@ def test_a_launcher(world: NarrowWorld, tmp_path: Path):
     launcher.chmod(0o755)
     lab = KohyaLab(tmp_path, world, epochs=2)
     change(lab.study_file, f'"{world.python}"', f'"{launcher}"')
-    assert_refused(lab, f"--trainer-python: {launcher}", "starts the training through a launcher")
+    assert_refused(lab, f"--trainer-python: '{launcher}'", "starts the training through a launcher")
 
 
 def change(file: Path, old: str, new: str) -> None:
