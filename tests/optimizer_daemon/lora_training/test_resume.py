@@ -21,9 +21,19 @@ from shared.errors import Stopped, StudyMismatchError, UnreadableFileError
 from tests.optimizer_daemon.lora_training.workshop import StopAt, Workshop
 
 ROOT = Path(__file__).parents[3]
-# Everything random at once: noise, times, dropout, shuffled and dropped tags, flips.
+# Everything random at once: noises, times, dropouts, shuffled and dropped tags, flips.
 LIVELY = "shuffle_caption = true\ncaption_tag_dropout_rate = 0.3\nflip_aug = true\nnum_repeats = 3"
-SETTINGS = {"save_every_n_epochs": 1, "max_train_epochs": 3, "network_dropout": 0.2, "gradient_accumulation_steps": 2}
+SETTINGS = {
+    "save_every_n_epochs": 1,
+    "max_train_epochs": 3,
+    "gradient_accumulation_steps": 2,
+    "network_dropout": 0.2,
+    "network_args": {"rank_dropout": 0.2, "module_dropout": 0.1},
+    "noise_offset": 0.1,
+    "noise_offset_random_strength": True,
+    "multires_noise_iterations": 3,
+    "ip_noise_gamma": 0.1,
+}
 BATCHES = 15  # 3 images x 3 repeats in twos, 3 epochs
 
 
