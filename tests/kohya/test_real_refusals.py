@@ -6,6 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from optimizer_daemon.trainers.base import TrainerInput
+from optimizer_daemon.trainers.kohya_checks import ask, require_accepted, require_known
+from shared.errors import UserError
+from shared.schemas import Trainer
+from tests.optimizer_daemon.trainers.test_kohya import config_of, params, study
 from tests.scenarios.bad_input import World
 from tests.scenarios.kohya_cases import in_dataset, refusal, saved_by_transformers_4
 
@@ -39,3 +44,19 @@ def test_the_real_checkout_is_asked(
     flags = ("--sd-scripts-dir", sd_scripts[0], "--trainer-python", sd_scripts[1], "--base-model", base)
     said = refusal(world.optimizer(*flags, "--search-space", space))
     assert (says in said) if says else said == ""
+
+
+def test_the_sdxl_script_takes_every_setting_of_an_sdxl_trial(sd_scripts: tuple[Path, str]):
+    """No SDXL model is at hand, and none is needed to ask the script's parser and functions."""
+    run = study("sdxl", clip_skip=1)
+    config, trial = config_of(run), params()
+    dataset = {"datasets": [{"resolution": 1024, "subsets": [{"image_dir": "/data/luca"}]}]}
+    answer = ask(*sd_scripts, "sdxl_train_network", [config], dataset, python_path=[])
+    given = TrainerInput(Path("/base"), Path("/dataset.toml"), "sdxl", run.trainer, "cpu", (trial,))
+    require_known(given, config, answer, "tried")
+    require_accepted(given.dataset_config, answer)
+    assert "no_half_vae" in config
+    with pytest.raises(UserError, match="no_half_vea: sd-scripts tried have no such option"):
+        mistyped = Trainer(name="kohya", options={"no_half_vea": True})
+        given = TrainerInput(Path("/base"), Path("/dataset.toml"), "sdxl", mistyped, "cpu", (trial,))
+        require_known(given, {**config, "no_half_vea": True}, answer, "tried")
