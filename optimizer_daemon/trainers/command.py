@@ -40,18 +40,9 @@ class CommandTrainer:
             UserError: something of it will not do.
         """
         options = read_options(given.trainer.options)
-        python = given.trainer.python
-        known = {"python": python} if python is not None else {}
-        program = options.command[0]
-        where = f"{TABLE} command"
-        folder = options.cwd
-        if folder is not None and "{" not in folder and not Path(folder).is_dir():
-            raise SettingsError(f"{TABLE} cwd", folder, "that is no folder; correct it")
-        if program == "{python}" and python is None:
-            raise SettingsError("--trainer-python", None, f"name the Python that {TABLE} command runs as {{python}}")
-        program = fill(program, known, where) if program == "{python}" else program
-        if "{" not in program and _which(program, folder) is None:
-            raise SettingsError(where, program, "there is no such program; install it, or write its whole path")
+        if options.cwd is not None and "{" not in options.cwd and not Path(options.cwd).is_dir():
+            raise SettingsError(f"{TABLE} cwd", options.cwd, "that is no folder; correct it")
+        _require_program(options, given.trainer.python)
         if "dataset_dir" in options.used:
             check_pictures(given.dataset_config)
 
@@ -219,6 +210,18 @@ def _require_all_told(options: CommandOptions, params: TrialParams) -> None:
                 f"trial parameters: {name}: {TABLE} never tells it to the program; write {{{name}}} into its command "
                 "or files, name it in unused, or take it out of the search space"
             )
+
+
+def _require_program(options: CommandOptions, python: str | None) -> None:
+    program = options.command[0]
+    if program == "{python}":
+        if python is None:
+            raise SettingsError("--trainer-python", None, f"name the Python that {TABLE} command runs as {{python}}")
+        program = python
+    if "{" not in program and _which(program, options.cwd) is None:
+        raise SettingsError(
+            f"{TABLE} command", program, "there is no such program; install it, or write its whole path"
+        )
 
 
 def _which(program: str, folder: str | None) -> str | None:
