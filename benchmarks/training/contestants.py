@@ -22,7 +22,7 @@ from shared.supervised import start_supervised
 
 ROOT = Path(__file__).resolve().parents[2]
 RANK, ALPHA, RATE, SEED = 4, 2.0, 1e-4, 42
-EPOCHS = 10  # of World.REPEATS; nobody comes to the end
+EPOCHS = 1000  # nobody comes to the end
 
 
 @dataclass(frozen=True)
