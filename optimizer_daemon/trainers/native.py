@@ -176,6 +176,7 @@ def _of_study(run: Run, trial: TrialLayout) -> dict[str, Any]:
         "resume": True,  # from the trial's own state, where an interrupted attempt has left one
         "save_every_n_epochs": run.settings.get("save-every-n-epochs") or 2,
         "clip_skip": clip_skip if clip_skip > 1 else None,
+        "gradient_checkpointing": "auto",  # a share of the speed is paid only where the memory asks for it
         "device": run.settings.get("device") or "auto",
         "threads": run.threads_per_process,
     }

@@ -67,9 +67,10 @@ def make_golden(world: NarrowWorld, root: Path, into: Path) -> None:
 
 
 def _write_log(stem: Path, done: subprocess.CompletedProcess[bytes], root: Path) -> None:
-    """Keep both streams; only blanks that fill a line are taken away, and the folder gets a name of its own."""
+    """Keep both streams; only blanks that fill a line are taken away, and the folders get names of their own."""
+    environment = os.fsencode(Path(os.environ["SD_SCRIPTS_PYTHON"]).absolute().parents[1])
     for suffix, output in ((".stdout.log", done.stdout), (".stderr.log", done.stderr)):
-        lines = output.replace(os.fsencode(root), b"/study").split(b"\n")
+        lines = output.replace(os.fsencode(root), b"/study").replace(environment, b"/venv").split(b"\n")
         stem.with_name(stem.name + suffix).write_bytes(b"\n".join(line.rstrip(b" ") for line in lines))
 
 

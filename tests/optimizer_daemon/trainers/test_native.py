@@ -57,6 +57,7 @@ def test_the_plan_starts_the_native_training_on_the_trials_own_config(run: Run):
     assert tomllib.loads(plan.files["train_config.toml"]) == {
         "pretrained_model_name_or_path": "/data/models/tiny_base",
         "dataset_config": "/data/luca/dataset.toml",
+        "gradient_checkpointing": "auto",
         "held_out": [picture.sha256 for picture in run.pictures.held_out],
         "output_dir": "/study/trial_0005",
         "output_name": "lora_trial_5",
