@@ -142,7 +142,10 @@ class Runner:
         plan = self._plan(live, resume)
         for path, text in plan.files.items():
             target = live.layout.folder / path
-            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise DiskError(target.parent, error) from error
             write_bytes(target, text.encode())
         live.log = TrainingLog(live.layout.training_log)
         live.log.skip_to_end()
@@ -170,7 +173,8 @@ class Runner:
         return live.process is not None
 
     def _plan(self, live: LiveTrial, resume: ResumePoint | None) -> LaunchPlan:
-        plan = self._trainer.plan(live.params, live.layout, self._run, resume=resume)
+        # The leased card by its name: numbers mean another card wherever CUDA_VISIBLE_DEVICES is set already.
+        plan = self._trainer.plan(live.params, live.layout, self._run, gpu=self._gpu or "", resume=resume)
         live.patience_s = SHORTEST_PATIENCE_S if plan.patience_s is None else plan.patience_s
         return plan
 

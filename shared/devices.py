@@ -57,12 +57,16 @@ def gpu_uuid(device: str) -> str | None:
         return None
     require_device(device)
     driver = ctypes.CDLL("libcuda.so.1")
-    handle, content = ctypes.c_int(0), (ctypes.c_ubyte * 16)()
-    if driver.cuDeviceGet(ctypes.byref(handle), int(device.partition(":")[2] or 0)) or driver.cuDeviceGetUuid_v2(
-        ctypes.byref(content), handle
+    handle, content, name = ctypes.c_int(0), (ctypes.c_ubyte * 16)(), ctypes.create_string_buffer(256)
+    if (
+        driver.cuDeviceGet(ctypes.byref(handle), int(device.partition(":")[2] or 0))
+        or driver.cuDeviceGetUuid_v2(ctypes.byref(content), handle)
+        or driver.cuDeviceGetName(name, len(name), handle)
     ):
         raise ResourceError(f"--device {device}: the driver does not name the card; repair it, or use --device cpu")
-    return f"GPU-{uuid.UUID(bytes=bytes(content))}"
+    # Of a card that is cut into instances the driver names the instance.
+    kind = "MIG" if b" MIG " in name.value else "GPU"
+    return f"{kind}-{uuid.UUID(bytes=bytes(content))}"
 
 
 def default_dtype(device: str) -> Literal["float32", "float16"]:

@@ -80,7 +80,8 @@ class TrainerPlugin(Protocol):
         """Return how to train `params`; equal arguments give equal plans, and no file is looked at.
 
         Args:
-            gpu: the GPU slot, a value for CUDA_VISIBLE_DEVICES; None leaves the choice to the environment.
+            gpu: all that the training may see, as its CUDA_VISIBLE_DEVICES: the UUID of the leased card, so that inside
+                it is the first and only one; "" for none; None, before anything is leased, leaves the variable alone.
             resume: where to go on from, as `resume_point` found it; None trains from the start.
         Raises:
             UserError: a parameter or setting is nothing this trainer can train with.

@@ -74,7 +74,7 @@ class CommandTrainer:
         options = read_options(run.trainer.options)
         _require_held_out(options, run)
         trial = TrialLayout(trial.folder.absolute())
-        values = _values(params, trial, run, options)
+        values = _values(params, trial, run, options, gpu)
         command = _filled(options.command, values, "command")
         if options.resume:
             # Filled in every time: a misspelt one is to be told before the first trial.
@@ -137,7 +137,9 @@ class CommandTrainer:
 TRAINER = CommandTrainer()
 
 
-def _values(params: TrialParams, trial: TrialLayout, run: Run, options: CommandOptions) -> dict[str, Scalar]:
+def _values(
+    params: TrialParams, trial: TrialLayout, run: Run, options: CommandOptions, gpu: str | None
+) -> dict[str, Scalar]:
     """Return every placeholder's value: those of the study and of the trial, and all parameters."""
     every = run.settings.get("save-every-n-epochs") or 2
     values: dict[str, Scalar | None] = {
@@ -150,7 +152,8 @@ def _values(params: TrialParams, trial: TrialLayout, run: Run, options: CommandO
         "base_model": run.base_model,
         "dataset_config": _text(run.settings.get("dataset-config")),
         "dataset_dir": str(picture_folder(StudyLayout(trial.folder.parent))),
-        "device": _text(run.settings.get("device")) or "auto",
+        # of what it sees: the leased card is its only one
+        "device": (_text(run.settings.get("device")) or "auto") if gpu is None else "cuda" if gpu else "cpu",
         "threads": run.threads_per_process,
         "python": run.trainer.python,
         "save_every_n_epochs": int(str(every)),

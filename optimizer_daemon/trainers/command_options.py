@@ -82,6 +82,13 @@ class CommandOptions(BaseModel):
             Pattern(text)
         return text
 
+    @field_validator("env")
+    @classmethod
+    def _card(cls, env: dict[str, str]) -> dict[str, str]:
+        if "CUDA_VISIBLE_DEVICES" in env:  # the card that trains has to be the one that is leased
+            raise ValueError("CUDA_VISIBLE_DEVICES is the daemon's to set; choose the card with --device instead")
+        return env
+
     @field_validator("files")
     @classmethod
     def _beside(cls, files: dict[str, str]) -> dict[str, str]:

@@ -209,11 +209,8 @@ def _environment(run: Run, study: StudyLayout, gpu: str | None) -> dict[str, str
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": ":".join([str(_optimizers(study)), *_python_path(run.trainer)]),
     }
-    device = str(run.settings.get("device") or "auto")
-    if device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""  # kohya has no switch for it
-    elif gpu is not None or ":" in device:
-        environment["CUDA_VISIBLE_DEVICES"] = gpu or device.partition(":")[2]
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu  # kohya has no other switch for it
     return environment
 
 

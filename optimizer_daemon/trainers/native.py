@@ -98,6 +98,8 @@ class NativeTrainer:
         folder = trial.folder.absolute()
         trial = TrialLayout(folder)
         values = _of_study(run, trial) | _of_options(run)
+        if gpu:
+            values["device"] = "cuda"  # the only card it sees
         for name, value in _of_trial(params).items():
             # What a space draws is added to a table of the study's, setting by setting.
             both = name in ARGUMENT_TABLES and isinstance(values.get(name), dict)

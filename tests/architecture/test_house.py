@@ -27,6 +27,7 @@ def test_file_format_docs_are_current():
 def test_unit_starts_an_installed_command_and_is_notified(unit: Path):
     text = unit.read_text()
     assert re.search(r"^Type=notify$", text, re.M)
+    assert re.search(r"^TimeoutStartSec=infinity$", text, re.M)  # ready comes after the start checks, however long
     commands = re.search(r"\[project.scripts\]\n((?:.+\n)+)", (ROOT / "pyproject.toml").read_text())
     assert commands
     started = re.search(r"^ExecStart=\S*/(\S+) ", text, re.M)

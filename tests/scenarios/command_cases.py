@@ -50,6 +50,11 @@ BY_PROGRAM = [
         "command: no such folder", ("cwd: '/nowhere'", "that is no folder"), and_final(f'{COMMAND}\ncwd = "/nowhere"')
     ),
     Case(
+        "command: another card than the leased one",
+        ("[trainer.command] env: ", "CUDA_VISIBLE_DEVICES is the daemon's to set", "--device"),
+        and_final(f'{COMMAND}\nenv = {{ CUDA_VISIBLE_DEVICES = "1" }}'),
+    ),
+    Case(
         "command: an unknown placeholder",
         ("[trainer.command] command: '{learning_rte}'", "did you mean 'learning_rate'?"),
         and_final(COMMAND.replace("{learning_rate}", "{learning_rte}")),

@@ -90,6 +90,10 @@ def table(**changes: object) -> dict[str, object]:
         ({"progress": "step \\d+"}, r"progress: .*it has no named group; name them epoch, epoch_step"),
         ({"progress": "(?P<stp>\\d+)"}, r"progress: .*no group named 'stp' is read"),
         ({"files": {"../x": "y"}}, r"files: .*'../x' is no name of a file below \{files_dir\}"),
+        (
+            {"env": {"CUDA_VISIBLE_DEVICES": "1"}},
+            r"env: .*CUDA_VISIBLE_DEVICES is the daemon's to set; choose the card",
+        ),
         ({"stop_signal": "SIGHUP"}, r"stop_signal: 'SIGHUP' will not do; Input should be 'SIGTERM' or 'SIGINT'"),
     ],
 )

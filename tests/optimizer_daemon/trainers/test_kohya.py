@@ -117,17 +117,13 @@ def test_an_sdxl_trial_has_the_other_script_a_whole_vae_and_no_clip_skip():
     assert plan_of(run).argv[1] == "/kohya/sd-scripts/sdxl_train_network.py"
 
 
-def test_a_cpu_trains_in_32_bits_and_sees_no_gpu():
-    run = study(device="cpu")
-    assert config_of(run)["mixed_precision"] == "no"
-    assert plan_of(run).env["CUDA_VISIBLE_DEVICES"] == ""
+def test_a_cpu_trains_in_32_bits():
+    assert config_of(study(device="cpu"))["mixed_precision"] == "no"
 
 
-@pytest.mark.parametrize(
-    ("device", "gpu", "seen"), [("cuda:1", None, "1"), ("cuda", "GPU-7f", "GPU-7f"), ("auto", None, None)]
-)
-def test_a_gpu_is_chosen_by_what_kohya_sees(device: str, gpu: str | None, seen: str | None):
-    assert plan_of(study(device=device), gpu=gpu).env.get("CUDA_VISIBLE_DEVICES") == seen
+@pytest.mark.parametrize("gpu", ["GPU-7f", "", None])
+def test_a_gpu_is_chosen_by_what_kohya_sees(gpu: str | None):
+    assert plan_of(study(device="cuda:1"), gpu=gpu).env.get("CUDA_VISIBLE_DEVICES") == gpu
 
 
 def test_a_state_is_gone_on_from_with_the_epoch_that_follows():
