@@ -15,10 +15,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from optimizer_daemon.dataset_files import caption_extension, dataset_files, require_same_files
 from optimizer_daemon.settings import OptimizerSettings
 from shared.errors import LabError, SettingsError, StudyMismatchError
 from shared.files import read_kept, write_model
-from shared.held_out import study_pictures, with_held_out
+from shared.held_out import require_unchanged, study_pictures, with_held_out
 from shared.layout import StudyLayout
 from shared.metric_names import MetricInputs, needs_held_out, parse_metrics, uses_pictures
 from shared.model_folders import digest_model, family_of
@@ -33,7 +34,6 @@ Shown = dict[str, Scalar | tuple[Scalar, ...] | None]
 """Settings by flag name, without the dashes."""
 
 WORKLOAD = "sd-lora"
-CAPTION_EXTENSION = ".caption"  # sd-scripts' default
 MOST_PROMPTS = 8
 
 _FREE = {
@@ -69,8 +69,8 @@ def find_run(
         clip_skip: the layer of the text encoder that is trained and rendered with, counted from the end.
     Raises:
         SettingsError: a setting is missing or names nothing usable.
-        StudyMismatchError: the folder was made with other settings, the base model's files have changed, or a part of
-            the study is missing.
+        StudyMismatchError: the folder was made with other settings, the base model's files or the data set have
+            changed, or a part of the study is missing.
         UnreadableFileError: run.json is damaged.
     """
     shown = _shown(settings)
@@ -89,6 +89,7 @@ def find_run(
                 f"{study.root} holds trials but no {study.database.name}; put its database back, or choose another "
                 "--output-dir"
             )
+        run = _with_same_data_set(run, settings)
     free = {_flag(name): shown[_flag(name)] for name in _FREE}
     here = trainer_of(settings)
     trainer = run.trainer.model_copy(update={"python": here.python, "directory": here.directory, "family": here.family})
@@ -155,11 +156,13 @@ def rewritten(run: Run, study: StudyLayout, status: RunStatus, now: datetime) ->
     return changed
 
 
-def captions(dataset_config: Path) -> list[str]:
+def captions(dataset_config: Path, options: Mapping[str, Any]) -> list[str]:
     """Return the first line of every caption file of a kohya dataset TOML, or class_tokens where a folder has none.
 
     It reads what any trainer's file may hold; image_dir counts from the file's folder.
 
+    Args:
+        options: the study file's table of the trainer.
     Raises:
         SettingsError: the file is no such TOML.
     """
@@ -174,7 +177,9 @@ def captions(dataset_config: Path) -> list[str]:
             caption
             for dataset in document.get("datasets", [])
             for subset in dataset.get("subsets", [])
-            for caption in _captions_of({**document.get("general", {}), **dataset, **subset}, dataset_config.parent)
+            for caption in _captions_of(
+                {**options, **document.get("general", {}), **dataset, **subset}, dataset_config.parent
+            )
         ]
     except (AttributeError, TypeError, ValueError) as error:  # a list where a table belongs, and the like
         raise SettingsError(
@@ -189,7 +194,7 @@ def captions(dataset_config: Path) -> list[str]:
 def _captions_of(subset: Mapping[str, Any], beside: Path) -> list[str]:
     if subset.get("is_reg") or "image_dir" not in subset:
         return []
-    files = sorted((beside / subset["image_dir"]).glob(f"*{subset.get('caption_extension', CAPTION_EXTENSION)}"))
+    files = sorted((beside / subset["image_dir"]).glob(f"*{caption_extension(subset)}"))
     texts = [file.read_text(encoding="utf-8-sig", errors="replace") for file in files]
     return [text.partition("\n")[0].strip() for text in texts or [subset.get("class_tokens", "")]]
 
@@ -212,7 +217,7 @@ def _made(
     prompts = (
         read_prompt_file(settings.prompts)
         if settings.prompts is not None
-        else draw_prompts(captions(dataset_config), MOST_PROMPTS, settings.seed)
+        else draw_prompts(captions(dataset_config, settings.trainer_options), MOST_PROMPTS, settings.seed)
     )
     plan = make_plan(
         base_model=base_model,
@@ -238,6 +243,7 @@ def _made(
         plan=plan,
         plan_hash=plan.digest(),
         pictures=pictures,
+        dataset_files=dataset_files(dataset_config, settings.trainer_options),
         trainer=trainer_of(settings, version),
         settings=shown,
         threads_per_process=threads_per_process(),
@@ -304,6 +310,17 @@ def _refuse_changes(run: Run, settings: OptimizerSettings, shown: Shown) -> None
             f"the files of --base-model {base_model} have changed since the study began, so new scores could not be "
             "compared with the old ones; put them back, or use another --output-dir and --study-name"
         )
+
+
+def _with_same_data_set(run: Run, settings: OptimizerSettings) -> Run:
+    _, dataset_config = require_inputs(settings)
+    files = dataset_files(dataset_config, settings.trainer_options)
+    if run.dataset_files is not None:
+        require_same_files(run.dataset_files, files)
+    elif run.pictures is not None:  # all that an earlier version recorded
+        require_unchanged(run.pictures.held_out, "held-out")
+        require_unchanged(run.pictures.training, "training")
+    return run.model_copy(update={"dataset_files": files})
 
 
 def _storage(asked: str | None, study: StudyLayout) -> str:

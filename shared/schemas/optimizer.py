@@ -63,6 +63,11 @@ class Run(VersionedFile):
     pictures: StudyPictures | None = Field(
         default=None, description="The data set's pictures at the first start; null where no metric looks at them."
     )
+    dataset_files: dict[Name, Sha256] | None = Field(
+        default=None,
+        description="The data set at the first start, by path: its TOML (what it says), pictures and captions. null "
+        "until the next start of a study that an earlier version began.",
+    )
     trainer: Trainer = Field(description="The trainer.")
     settings: dict[str, Scalar | tuple[Scalar, ...] | None] = Field(
         description="Effective settings of the optimizer daemon by flag name, without the dashes."

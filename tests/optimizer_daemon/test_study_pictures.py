@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from optimizer_daemon.settings import OptimizerSettings
 from optimizer_daemon.study_file import find_run
 from optimizer_daemon.trainers.native import TRAINER
 from shared.errors import SettingsError, StudyMismatchError
-from shared.files import write_model
+from shared.files import read_model, write_model
 from shared.layout import StudyLayout
 from shared.schemas import Run, TrialParams
 from shared.scoring_presets import metrics_of
@@ -111,6 +112,94 @@ def test_the_evaluator_refuses_a_held_out_picture_that_has_changed(tmp_path):
     Path(run.pictures.held_out[0].path).write_bytes(b"another")
     with pytest.raises(StudyMismatchError, match="the content of this held-out picture"):
         find_job(evaluator(), StudyLayout(root))
+
+
+def data_set(folder: Path, count: int = 3) -> Path:
+    (folder / "data").mkdir()
+    for i in range(count):
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(folder / "data" / f"{i}.png")
+        (folder / "data" / f"{i}.txt").write_text(f"caption {i}")
+    toml = folder / "d.toml"
+    toml.write_text(
+        '[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "data"\ncaption_extension = "txt"\n'
+    )
+    return toml
+
+
+def begun(folder: Path, toml: Path, **changes) -> dict[str, Any]:
+    """A study that was started once; how it is started again."""
+    study = StudyLayout(folder / "study")
+    study.root.mkdir()
+    settings = {"root": study.root, "dataset_config": toml, "clip_model": None, **changes}
+    write_model(study.run, first_start(**settings))
+    return settings
+
+
+def save_again(picture: Path) -> None:
+    Image.open(picture).save(picture, compress_level=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        pytest.param(lambda data: save_again(data / "1.png"), r"data/1\.png has changed", id="a picture saved again"),
+        pytest.param(lambda data: (data / "1.txt").write_text("x"), r"data/1\.txt has changed", id="a caption"),
+        pytest.param(lambda data: (data / "1.txt").unlink(), r"data/1\.txt is gone", id="no caption"),
+        pytest.param(lambda data: (data / "9.txt").write_text("x"), r"data/9\.txt is new", id="another caption"),
+        pytest.param(
+            lambda data: (data.parent / "d.toml").write_text(
+                (data.parent / "d.toml").read_text().replace("resolution = 64", "resolution = 128")
+            ),
+            r"d\.toml has changed",
+            id="the TOML",
+        ),
+        pytest.param(
+            lambda data: [(data / f"{i}.png").unlink() for i in range(3)] + [(data / "0.txt").unlink()],
+            r"0\.png is gone; .*; and 1 more\), .* another --output-dir",
+            id="many",
+        ),
+    ],
+)
+def test_a_study_goes_on_with_no_other_data_set(tmp_path, change, says):
+    again = begun(tmp_path, data_set(tmp_path))
+    change(tmp_path / "data")
+    with pytest.raises(StudyMismatchError, match=says):
+        first_start(**again)
+
+
+def test_what_no_training_reads_may_change_in_a_data_set(tmp_path):
+    toml = data_set(tmp_path)
+    again = begun(tmp_path, toml)
+    toml.write_text("# of last summer\n" + toml.read_text())
+    (tmp_path / "data" / "0_latents.npz").write_bytes(b"of another program")
+    assert first_start(**again).dataset_files is not None
+
+
+@pytest.mark.parametrize("pictures", [False, True])
+def test_a_study_from_before_its_files_were_written_down_gets_them_at_its_next_start(tmp_path, pictures):
+    toml = data_set(tmp_path)
+    again = begun(tmp_path, toml, **({"clip_model": CLIP_MODEL} if pictures else {}))
+    run_file = StudyLayout(tmp_path / "study").run
+    run = read_model(run_file, Run)
+    write_model(run_file, run.model_copy(update={"dataset_files": None}))
+    assert first_start(**again).dataset_files == run.dataset_files
+    assert (run.pictures is not None) == pictures
+    save_again(tmp_path / "data" / "1.png")
+    if pictures:  # the older record has them
+        with pytest.raises(StudyMismatchError, match=r"1\.png: the content of this training picture"):
+            first_start(**again)
+    else:
+        assert first_start(**again).dataset_files != run.dataset_files
+
+
+def test_a_data_set_that_is_none_of_kohyas_counts_by_its_bytes(tmp_path):
+    (tmp_path / "rows.csv").write_text("picture,text\n")
+    (tmp_path / "prompts.txt").write_text("a ball\n")
+    again = begun(tmp_path, tmp_path / "rows.csv", prompts=tmp_path / "prompts.txt")
+    assert first_start(**again).dataset_files.keys() == {str(tmp_path / "rows.csv")}
+    (tmp_path / "rows.csv").write_text("picture,text,more\n")
+    with pytest.raises(StudyMismatchError, match=r"rows\.csv has changed"):
+        first_start(**again)
 
 
 def test_targets_of_the_data_set_are_measured_as_the_renders_are(tmp_path):

@@ -760,6 +760,11 @@ STUDIES = [
         ),
     ),
     Case(
+        "study: a caption was changed",
+        ("01_red_cube.txt has changed", "put it back as it was"),
+        picture(lambda image, caption: caption.write_text("another")),
+    ),
+    Case(
         "study: another base model",
         ("--base-model:", "-> ", "use those again"),
         model("--base-model", BASE_MODEL, lambda folder: None),

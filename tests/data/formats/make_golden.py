@@ -103,6 +103,9 @@ def _of_the_optimizer() -> dict[str, BaseModel]:
                 held_out=(Picture(path="/data/luca/images/07.png", sha256=digest("07.png")),),
                 training=(Picture(path="/data/luca/images/08.png", sha256=digest("08.png")),),
             ),
+            dataset_files={
+                f"/data/luca/{name}": digest(name) for name in ("dataset.toml", "images/08.png", "images/08.txt")
+            },
             trainer=s.Trainer(name="native", version="0.1.0", python="/opt/lora-tuner/bin/python"),
             settings={
                 "dataset-config": "/data/luca/dataset.toml",
