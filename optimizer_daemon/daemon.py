@@ -15,13 +15,13 @@ from optimizer_daemon.optuna_adapter.models import SAMPLERS
 from optimizer_daemon.optuna_adapter.study import TuningStudy
 from optimizer_daemon.recovery import (
     KILL_TIMEOUT_S,
-    drop_training_state,
     live_trial,
     recover,
     refuse_unknown_trials,
     sweep_leftovers,
 )
 from optimizer_daemon.refresh import PictureRefresh
+from optimizer_daemon.remains import drop_set_aside, drop_training_state, set_aside
 from optimizer_daemon.results import all_trials, publish_final, results_are_of, trials_of_stage, write_results
 from optimizer_daemon.runner import LiveTrial, Runner, kind_of, now_local
 from optimizer_daemon.scorekeeper import ScoreKeeper
@@ -288,7 +288,7 @@ class OptimizerDaemon:
     def _train(self, live: LiveTrial, action: Action) -> None:
         attempt, resumes, curve = live.state.attempt, live.state.resumes, live.state.curve
         if action is Action.REDO:
-            self._runner.set_aside(live)
+            set_aside(live.layout)
             # An attempt that we ended ourselves does not count.
             attempt, resumes, curve = attempt + (live.state.state != "interrupted"), 0, ()
         elif action is Action.RESUME:
@@ -339,6 +339,7 @@ class OptimizerDaemon:
         """Tell the study what trial_state.json already says; repeating it after a crash is harmless."""
         reach("optimizer.ended")
         drop_training_state(live.layout)
+        drop_set_aside(live.layout)
         if live.state.state == "pruned":
             live.write_state(imputed_value=self._scores.imputed(live))
         state = live.state

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping, Set
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -134,22 +133,6 @@ def sweep_leftovers(layout: StudyLayout) -> None:
     for trial in layout.list_trials():
         sweep_temp_files(trial.folder)
         sweep_temp_files(trial.final_evaluation.folder)
-
-
-def drop_training_state(trial: TrialLayout) -> None:
-    """Remove the state from which the training of an ended trial could go on; it may be larger than the weights.
-
-    The trainer does so itself, unless it is killed at that very moment or never comes to its end.
-
-    Raises:
-        DiskError: it could not be removed.
-    """
-    sweep_temp_files(trial.folder)
-    for folder in trial.list_training_states():
-        try:
-            shutil.rmtree(folder)
-        except OSError as error:
-            raise DiskError(folder, error) from error
 
 
 def live_trial(layout: StudyLayout, draw: Draw, space: SearchSpace, *, seed: int, time: datetime) -> LiveTrial:

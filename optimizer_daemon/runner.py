@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import re
-import shutil
 import statistics
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import PurePosixPath
 
 from optimizer_daemon.lifecycle import Action, Ending, TrialView, ending_of, signal_of
 from optimizer_daemon.lora_training.memory import Memory, memory_that_ran_out
@@ -28,7 +26,7 @@ from shared.errors import (
 from shared.failpoints import reach
 from shared.files import sweep_temp_files, write_bytes, write_model
 from shared.gpu_lease import GpuLease, GpuPolicy, GpuUse
-from shared.layout import TrialLayout, writer_of
+from shared.layout import TrialLayout
 from shared.logs import log_change
 from shared.preloaded import Preloaded
 from shared.process import StopReport, child_environment
@@ -241,23 +239,6 @@ class Runner:
         live.write_state(state="interrupted", reason=reason, ran_short_of=gpus or (HOST,))
         log_change(_log, "trial excused", level=logging.WARNING, trial=live.number, reason=reason)
 
-    def set_aside(self, live: LiveTrial) -> None:
-        """Move everything the trainer wrote to attempts/NN/, so that a redo starts on a clean folder.
-
-        Raises:
-            DiskError: something could not be moved.
-        """
-        kept = _first_free_attempt(live.layout)
-        try:
-            kept.folder.mkdir(parents=True)
-            for entry in sorted(live.layout.folder.iterdir()):
-                if entry != live.layout.trainer_lock and _is_trainers(entry.name, is_folder=entry.is_dir()):
-                    shutil.move(entry, kept.folder / entry.name)
-                    reach("optimizer.remains_moved")
-        except OSError as error:
-            raise DiskError(kept.folder, error) from error
-        log_change(_log, "remains set aside", trial=live.number, folder=kept.folder.relative_to(live.layout.folder))
-
     def view(self, live: LiveTrial, *, told: bool, evaluator_busy: bool) -> TrialView:
         """Return the trial as it stands."""
         alive = live.process is not None and live.process.is_alive
@@ -377,20 +358,6 @@ def _is_whole(trial: TrialLayout) -> bool:
     except RefusedCheckpointError:
         return True  # whole, and the evaluator says what is wrong with it
     return True
-
-
-def _first_free_attempt(trial: TrialLayout) -> TrialLayout:
-    number = 1
-    while trial.attempt(number).exists():
-        number += 1
-    return TrialLayout(trial.attempt(number))
-
-
-def _is_trainers(name: str, *, is_folder: bool) -> bool:
-    try:
-        return writer_of(PurePosixPath("trial_0001", name, *(["x"] if is_folder else []))) == "trainer"
-    except (KeyError, ValueError):  # ValueError: a name such as .tmp-x, of which nothing is left
-        return True  # no part of the contract, so the trainer's own affair
 
 
 def now_local() -> datetime:

@@ -12,9 +12,13 @@ from pydantic import Field, PrivateAttr
 
 from optimizer_daemon.search.load import preset_names as search_spaces
 from optimizer_daemon.search.pruning import PrunerName
+from optimizer_daemon.trainers import TRAINERS
 from shared.gpu_lease import GpuPolicy
 from shared.scoring_presets import preset_names as scorings
 from shared.settings import DaemonSettings, load_settings, read_trainer_options
+
+COMMAND_LINES = {"command": ("command", "resume")}
+"""By trainer: settings of its table that may be a whole command line."""
 
 ModelFamily = Literal["sd15", "sdxl"]
 
@@ -129,5 +133,11 @@ def load_optimizer_settings(arguments: argparse.Namespace) -> OptimizerSettings:
     # A variable that all programs see names the checkout, but never chooses the trainer.
     directory = settings.sd_scripts_dir or (Path(text) if (text := os.environ.get("SD_SCRIPTS_DIR")) else None)
     settings = settings.model_copy(update={**changes, "trainer": name, "sd_scripts_dir": directory})
-    settings._trainer_options = read_trainer_options(arguments.config, name)
+    settings._trainer_options = read_trainer_options(
+        arguments.config,
+        name,
+        TRAINERS.names,
+        chosen=loaded.origins["trainer"] != "default",
+        lines=COMMAND_LINES.get(name, ()),
+    )
     return settings

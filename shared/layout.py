@@ -78,6 +78,7 @@ WRITERS: Mapping[str, Writer] = MappingProxyType(
         "trial_*/logs/**": "trainer",
         "trial_*/state/**": "trainer",
         "trial_*/output/**": "trainer",  # whatever another program writes
+        "trial_*/sample/**": "trainer",  # kohya's own pictures, where it is given prompts
         "trial_*/*-state/**": "trainer",  # kohya keeps its resume state beside the weights
         "trial_*/*.safetensors": "trainer",
         "results/**": "optimizer",
@@ -239,6 +240,10 @@ class TrialLayout:
     def attempt(self, number: int) -> Path:
         """Return where the remains of attempt `number`, counted from 1, are moved before a redo."""
         return self.folder / "attempts" / f"{number:02d}"
+
+    def list_attempts(self) -> list[TrialLayout]:
+        """Return the folders of attempts that were set aside, the first one first."""
+        return [TrialLayout(path) for path in sorted(_entries(self.folder / "attempts")) if path.is_dir()]
 
     @property
     def evaluations(self) -> EvaluationsLayout:

@@ -11,9 +11,10 @@ import difflib
 import errno
 import os
 import re
+import shlex
 import tomllib
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -117,20 +118,41 @@ def load_settings(
         raise SettingsError(where, _plain(first["input"]), _remedy(first, fields[field])) from error
 
 
-def read_trainer_options(config: Path | None, trainer: str) -> dict[str, Any]:
+def read_trainer_options(
+    config: Path | None, trainer: str, known: Collection[str], *, chosen: bool, lines: Collection[str] = ()
+) -> dict[str, Any]:
     """Return the study file's [trainer.<name>] table; empty without one.
 
     A text that starts with ./ or ../ is a path beside the file, and comes back absolute.
 
+    Args:
+        trainer: who trains.
+        known: every trainer's name; one with a colon is somebody's own.
+        chosen: somebody said who trains. Then the tables of other trainers are kept for another time; where it is a
+            default, such a table shows that it was not the one that was meant.
+        lines: settings that are a whole command line, of which the first word may be such a path.
     Raises:
-        SettingsError: it is no table.
+        SettingsError: it is no table, or there is one that this study would not read.
     """
     if config is None:
         return {}
-    options = _document(config)[0].get(TRAINER_TABLE, {}).get(trainer, {})
+    document, text = _document(config)
+    tables = document.get(TRAINER_TABLE, {})
+    for name, table in tables.items():
+        where = f"{config}{_line(text, f'{TRAINER_TABLE}.{name}')}: {TRAINER_TABLE}.{name}"
+        if name not in known and ":" not in name:
+            raise SettingsError(where, table, f"there is no such trainer{_did_you_mean(name, known)}")
+        if name != trainer and not chosen:
+            raise SettingsError(
+                where, table, f"{trainer} trains, which does not read it; pass --trainer {name}, or take the table out"
+            )
+    options = tables.get(trainer, {})
     if not isinstance(options, dict):
         raise SettingsError(f"{config}: {TRAINER_TABLE}.{trainer}", options, f"write it as [{TRAINER_TABLE}.{trainer}]")
-    return {name: _path_beside(config, value) for name, value in options.items()}
+    return {
+        name: _line_beside(config, value) if name in lines else _path_beside(config, value)
+        for name, value in options.items()
+    }
 
 
 def make_writable_folder(setting: str, folder: Path) -> None:
@@ -229,6 +251,15 @@ def _path_beside(file: Path, value: Any) -> Any:
     if isinstance(value, str) and value.startswith(("./", "../")):
         return str((file.parent / value).absolute())
     return value
+
+
+def _line_beside(file: Path, value: Any) -> Any:
+    """Make the program of a command line absolute; quoted, for the line is split as by a shell."""
+    if not isinstance(value, str):
+        return _path_beside(file, value)
+    program, blank, arguments = value.partition(" ")
+    beside = _path_beside(file, program)
+    return value if beside == program else shlex.quote(beside) + blank + arguments
 
 
 def _beside(file: Path, value: Any, info: FieldInfo) -> Any:

@@ -66,11 +66,7 @@ class Collector:
         try:
             program = self._start()
         except OSError as error:
-            print(
-                f"error: {self._job.command[0]!r} cannot be started ({error.strerror}); install it, or correct "
-                "[trainer.command] command",
-                file=sys.stderr,
-            )
+            print(f"error: {self._not_started(error)}", file=sys.stderr)
             return _NOT_FOUND if isinstance(error, FileNotFoundError) else _CANNOT_START
         code = self._wait(program, waited_for)
         self._look()
@@ -85,6 +81,13 @@ class Collector:
             close_fds=False,  # the lock and the leases live as long as anything of the tree
             preexec_fn=self._prepare_signals,
         )
+
+    def _not_started(self, error: OSError) -> str:
+        folder = str(self._job.cwd)
+        if str(error.filename) == folder:
+            return f"{folder!r} cannot be entered ({error.strerror}); make it, or correct [trainer.command] cwd"
+        program = self._job.command[0]
+        return f"{program!r} cannot be started ({error.strerror}); install it, or correct [trainer.command] command"
 
     def _prepare_signals(self) -> None:
         """In the program's process, before it begins: undo our blocks."""

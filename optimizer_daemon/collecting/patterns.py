@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -14,6 +15,7 @@ Unit = Literal["epoch", "step"]
 
 _PARTS = re.compile(r"\*\*/|\*\*|\*|\{epoch\}|\{step\}")
 _EXPRESSIONS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "{epoch}": r"(?P<epoch>\d+)", "{step}": r"(?P<step>\d+)"}
+_GLOBS = {"{epoch}": "*", "{step}": "*"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Pattern:
         path = PurePosixPath(self.text)
         if not self.text or path.is_absolute() or ".." in path.parts:
             raise ValueError("write a path below {output_dir}, without a leading / and without ..")
+        if any("**" in part and part != "**" for part in path.parts):
+            raise ValueError("write ** alone between two /, for any folders; within a name * is any part of it")
         if self.text.count("{epoch}") + self.text.count("{step}") > 1:
             raise ValueError("write {epoch} or {step}, once; * stands for other numbers")
 
@@ -54,13 +58,12 @@ class Pattern:
 
     def find(self, folder: Path) -> list[Match]:
         """Return what fits below `folder`, the lowest number first; a missing folder has nothing."""
-        expression = re.compile(
-            "".join(
-                _EXPRESSIONS.get(part, re.escape(part)) for part in re.split(f"({_PARTS.pattern})", self.text) if part
-            )
-        )
+        parts = [part for part in re.split(f"({_PARTS.pattern})", self.text) if part]
+        expression = re.compile("".join(_EXPRESSIONS.get(part, re.escape(part)) for part in parts))
+        # The same for glob, to which ? and [ would be more than themselves.
+        widely = "".join(_GLOBS.get(part, part if part in _EXPRESSIONS else glob.escape(part)) for part in parts)
         unit, found = self.unit, []
-        for path in folder.glob(re.sub(r"\{epoch\}|\{step\}", "*", self.text)):
+        for path in folder.glob(widely):
             if fits := expression.fullmatch(path.relative_to(folder).as_posix()):
                 found.append(Match(path, unit, int(fits[unit]) if unit else 0))
         return sorted(found, key=lambda match: (match.number, match.path.name))

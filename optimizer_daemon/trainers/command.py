@@ -25,6 +25,7 @@ from shared.schemas import Run, TrainerExit, TrialParams
 from shared.schemas.base import Scalar
 
 _SOURCE_ROOT = Path(__file__).resolve().parents[2]
+_BESIDE = "one that begins with ./ for beside the study file"
 
 
 class CommandTrainer:
@@ -40,7 +41,7 @@ class CommandTrainer:
             UserError: something of it will not do.
         """
         options = read_options(given.trainer.options)
-        if options.cwd is not None and "{" not in options.cwd and not Path(options.cwd).is_dir():
+        if options.cwd is not None and "{" not in options.cwd and not _whole(options.cwd).is_dir():
             raise SettingsError(f"{TABLE} cwd", options.cwd, "that is no folder; correct it")
         _require_program(options, given.trainer.python)
         if "dataset_dir" in options.used:
@@ -88,7 +89,7 @@ class CommandTrainer:
         }
         job = Job(
             command=tuple(command),
-            cwd=trial.output if options.cwd is None else Path(fill(options.cwd, values, f"{TABLE} cwd")),
+            cwd=trial.output if options.cwd is None else _whole(fill(options.cwd, values, f"{TABLE} cwd")),
             stop_signal=options.stop_signal,
             output_dir=trial.output,
             trial_dir=trial.folder,
@@ -221,10 +222,19 @@ def _require_program(options: CommandOptions, python: str | None) -> None:
         if python is None:
             raise SettingsError("--trainer-python", None, f"name the Python that {TABLE} command runs as {{python}}")
         program = python
+    if options.cwd is None and os.sep in program and not program.startswith((os.sep, "{")):
+        raise SettingsError(f"{TABLE} command", program, f"without cwd write its whole path, or {_BESIDE}")
     if "{" not in program and _which(program, options.cwd) is None:
         raise SettingsError(
             f"{TABLE} command", program, "there is no such program; install it, or write its whole path"
         )
+
+
+def _whole(folder: str) -> Path:
+    """Return the folder; a relative one would be another one wherever the daemon is started."""
+    if not Path(folder).is_absolute():
+        raise SettingsError(f"{TABLE} cwd", folder, f"write its whole path, or {_BESIDE}")
+    return Path(folder)
 
 
 def _which(program: str, folder: str | None) -> str | None:

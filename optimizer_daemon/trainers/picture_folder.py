@@ -6,6 +6,7 @@ Hugging Face's datasets. Held-out pictures are not in it; a subset's num_repeats
 
 from __future__ import annotations
 
+import importlib
 import json
 import tomllib
 from collections.abc import Iterator, Set
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import DiskError, SettingsError, UserError
-from shared.files import write_text
+from shared.files import sweep_temp_files, write_text
 from shared.held_out import file_digest, image_files
 from shared.layout import StudyLayout
 
@@ -43,17 +44,24 @@ def picture_folder(study: StudyLayout) -> Path:
 
 
 def check_pictures(dataset_config: Path) -> None:
-    """See that there are pictures and that each has its caption.
+    """See that there are pictures, that each has its caption, and that each decodes.
 
     Raises:
         UserError: something of it will not do.
     """
-    if not list(_pictures(dataset_config)):
+    pictures = list(_pictures(dataset_config))
+    if not pictures:
         raise SettingsError("--dataset-config", str(dataset_config), "its folders hold no picture; name others")
+    # By name: only this check needs the imaging library, the plans do not.
+    dataset: Any = importlib.import_module("optimizer_daemon.lora_training.dataset")
+    dataset.check_pictures(picture.file for picture in pictures)
 
 
 def make_picture_folder(dataset_config: Path, folder: Path, held_out: Set[str]) -> None:
     """Bring the folder to what the data set is now; only what differs is touched, for trainings may be reading it.
+
+    Programs keep files of their own there, such as latents: of what is not wanted only our links, which alone are
+    links, and the captions beside them are removed.
 
     Args:
         held_out: SHA-256 of the pictures that stay away.
@@ -68,12 +76,17 @@ def make_picture_folder(dataset_config: Path, folder: Path, held_out: Set[str]) 
     ]
     texts = {Path(picture.name).with_suffix(".txt").name: picture.caption + "\n" for picture in pictures}
     rows = [json.dumps({"file_name": one.name, "text": one.caption}, ensure_ascii=False) for one in pictures]
+    names = {picture.name for picture in pictures}
     texts[METADATA] = "\n".join(rows) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.iterdir():
-            if path.name not in texts and path.name not in {picture.name for picture in pictures}:
-                path.unlink()
+        sweep_temp_files(folder)
+        for path in list(folder.iterdir()):
+            if path.is_symlink() and path.name not in names:
+                caption = path.with_suffix(".txt")
+                if caption.name not in texts:
+                    caption.unlink(missing_ok=True)
+                path.unlink()  # last: without it the caption would not be known for ours
         for picture in pictures:
             link = folder / picture.name
             if not link.is_symlink() or link.readlink() != picture.file:

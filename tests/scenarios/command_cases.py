@@ -21,6 +21,13 @@ def command(table: str, *words: object) -> Callable[[World], list[str]]:
     return spoil
 
 
+def tabled(world: World, trainer: str) -> World:
+    """Give its study file a table of this trainer."""
+    with world.study_file.open("a") as file:
+        file.write(f"[trainer.{trainer}]\nnetwork_dim = 8\n")
+    return world
+
+
 def and_final(table: str) -> Callable[[World], list[str]]:
     return command(f'final = "*.safetensors"\n{table}')
 
@@ -40,6 +47,39 @@ BY_PROGRAM = [
         "command: no such program",
         ("[trainer.command] command: 'no-such-trainer'", "there is no such program"),
         and_final('command = "no-such-trainer"'),
+    ),
+    Case(
+        "command: a program that depends on where the daemon is started",
+        ("[trainer.command] command: 'bin/train'", "without cwd write its whole path", "begins with ./"),
+        and_final(COMMAND.replace("true ", "bin/train ")),
+    ),
+    Case(
+        "command: a folder that depends on where the daemon is started",
+        ("[trainer.command] cwd: 'tools'", "write its whole path", "begins with ./"),
+        and_final(f'{COMMAND}\ncwd = "tools"'),
+    ),
+    Case(
+        "command: two stars within a name",
+        ("[trainer.command] final: 'out**.safetensors'", "write ** alone between two /"),
+        command(f'{COMMAND}\nfinal = "out**.safetensors"'),
+    ),
+    Case(
+        "command: half a picture",
+        ("01_red_cube.png",),
+        lambda world: (
+            (picture := world.pictures / "01_red_cube.png").write_bytes(picture.read_bytes()[:100]),
+            and_final(COMMAND.replace("true ", "true {dataset_dir} "))(world),
+        )[1],
+    ),
+    Case(
+        "command: a table of a trainer that does not train",
+        ("study.toml", "trainer.kohya: ", "native trains, which does not read it", "--trainer kohya"),
+        lambda world: tabled(world, "kohya").optimizer(),
+    ),
+    Case(
+        "command: a table of a misspelt trainer",
+        ("study.toml", "trainer.kohyaa: ", "there is no such trainer; did you mean kohya?"),
+        lambda world: tabled(world, "kohyaa").optimizer("--trainer", "native"),
     ),
     Case(
         "command: a Python nobody named",

@@ -47,6 +47,7 @@ TREE = [
     (TRIAL.training_log, "trial_0005/training.log", "trainer"),
     (TRIAL.tensorboard / "events", "trial_0005/logs/events", "trainer"),
     (TRIAL.training_state / "optimizer.pt", "trial_0005/state/optimizer.pt", "trainer"),
+    (TRIAL.folder / "sample/lora_trial_5_000002.png", "trial_0005/sample/lora_trial_5_000002.png", "trainer"),
     (TRIAL.kohya_training_state(2) / "optimizer.bin", "trial_0005/lora_trial_5-000002-state/optimizer.bin", "trainer"),
     (TRIAL.intermediate_checkpoint(2), "trial_0005/lora_trial_5-000002.safetensors", "trainer"),
     (TRIAL.final_checkpoint, "trial_0005/lora_trial_5.safetensors", "trainer"),

@@ -81,6 +81,11 @@ def table(**changes: object) -> dict[str, object]:
         ({"command": []}, r"\[trainer.command\] command: \[\] will not do; List should have at least 1 item"),
         ({"final": "/abs/*"}, r"final: '/abs/\*' will not do; write a path below \{output_dir\}"),
         ({"checkpoints": "*.safetensors"}, r"checkpoints: .*tells no checkpoint from another; write \{epoch\} or"),
+        (
+            {"final": "out**.safetensors"},
+            r"final: .*write \*\* alone between two /, for any folders; within a name \* is",
+        ),
+        ({"state": "a**b"}, r"state: 'a\*\*b' will not do; write \*\* alone"),
         ({"checkpoints": "{epoch}-{step}"}, r"checkpoints: .*write \{epoch\} or \{step\}, once"),
         ({"checkpoints": "{step}.safetensors"}, r"steps_per_epoch: None will not do; the command or a pattern counts"),
         ({"command": "t {max_train_steps}"}, r"steps_per_epoch: None will not do"),
@@ -119,6 +124,15 @@ def test_a_drawn_parameter_that_the_program_never_hears_of_is_refused(tmp_path: 
         run = bench.run.model_copy(update={"trainer": bench.run.trainer.model_copy(update={"options": options})})
         with pytest.raises(UserError, match=r"network_alpha_ratio: "):
             TRAINER.plan(params, bench.trial, run)
+
+
+@pytest.mark.parametrize("cwd", ["tools", "{trial}/tools"])
+def test_a_folder_that_depends_on_where_the_daemon_is_started_is_refused(tmp_path: Path, cwd: str):
+    with (
+        Bench(tmp_path, "command", f"{COMMAND}cwd = '{cwd}'\n") as bench,
+        pytest.raises(SettingsError, match=r"cwd: '(1|tools)\S* will not do; write its whole path, or one that begins"),
+    ):
+        bench.plugin.plan(bench.params, bench.trial, bench.run)
 
 
 def test_pictures_that_are_held_out_must_not_be_within_the_program_s_reach(tmp_path: Path):
@@ -167,7 +181,14 @@ def test_the_picture_folder_has_every_picture_but_the_held_out_and_follows_the_d
     assert (out / "01_two.png").read_bytes() == (tmp_path / "a/two.png").read_bytes()
     before = (out / "01_two.txt").stat().st_ino
     (tmp_path / "b/one.png").unlink()
+    (out / "_latent_cache").mkdir()  # the program's own
+    for name in ("_latent_cache/01_two.safetensors", "02_one.npz", "notes.txt"):
+        (out / name).write_text("mine")
     make_picture_folder(config, out, set())
+    assert [(out / name).exists() for name in ("_latent_cache/01_two.safetensors", "02_one.npz", "notes.txt")] == [
+        True, True, True,
+    ]  # fmt: skip
+    assert not (out / "02_one.txt").exists()
     assert sorted(path.name for path in out.glob("*.png")) == ["01_one.png", "01_two.png", "02_two.png"]
     assert (out / "01_two.txt").stat().st_ino == before
 
@@ -263,13 +284,14 @@ def test_the_numbered_file_of_the_last_epoch_is_the_final_one_when_there_is_no_o
 @pytest.mark.parametrize(
     ("pattern", "found"),
     [
-        ("**/w{step}.x", {"w1.x": 1, "a/w2.x": 2, "a/b/w10.x": 10}),
+        ("**/w{step}.x", {"w1.x": 1, "a/w2.x": 2, "w4.x": 4, "a/b/w10.x": 10}),
         ("*/w{step}.x", {"a/w2.x": 2}),
-        ("w{epoch}.x", {"w1.x": 1}),
+        ("w{epoch}.x", {"w1.x": 1, "w4.x": 4}),
+        ("w[{epoch}]?.x", {"w[3]?.x": 3}),
     ],
 )
 def test_a_pattern_finds_files_in_the_order_of_their_numbers(tmp_path: Path, pattern: str, found: dict[str, int]):
-    for name in ("w1.x", "a/w2.x", "a/b/w10.x", "wx.x", "w1xx"):
+    for name in ("w1.x", "a/w2.x", "a/b/w10.x", "wx.x", "w1xx", "w[3]?.x", "w4.x"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     matches = Pattern(pattern).find(tmp_path)
@@ -313,6 +335,14 @@ def test_a_program_that_is_not_there_any_longer_is_named(tmp_path: Path):
         assert "'/nowhere/python' cannot be started (No such file or directory); install it" in bench.runner.why_failed(
             bench.live
         )
+
+
+def test_a_folder_to_run_in_that_is_not_there_any_longer_is_named(tmp_path: Path):
+    with Bench(tmp_path, "command", f"{COMMAND}cwd = '{tmp_path}/gone'\n") as bench:
+        bench.start()
+        assert bench.finish().exit_status == 127
+        why = bench.runner.why_failed(bench.live)
+    assert f"'{tmp_path}/gone' cannot be entered (No such file or directory); make it, or correct" in why
 
 
 @pytest.mark.parametrize("fault", ["says done when interrupted", "hears nothing but SIGINT"])

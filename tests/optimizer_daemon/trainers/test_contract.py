@@ -16,6 +16,7 @@ import pytest
 
 from examples.tiny_world.paths import BASE_MODEL
 from optimizer_daemon.lifecycle import signal_of
+from optimizer_daemon.remains import set_aside
 from optimizer_daemon.trainers import TRAINERS
 from shared.errors import UserError
 from shared.layout import StudyLayout, writer_of
@@ -208,7 +209,7 @@ class TestContract:
                 read_checkpoint(path, bench.trial.folder)
             assert not bench.trial.final_checkpoint.exists()
             if bench.plugin.resume_point(bench.trial) is None:
-                bench.runner.set_aside(bench.live)
+                set_aside(bench.trial)
         point = bench.plugin.resume_point(bench.trial)
         assert point is not None and point.state.exists()
         bench.start()
