@@ -58,6 +58,8 @@ class KohyaTrainer:
         checks.require_bucket_steps(given.dataset_config, dataset, given.trainer.options, family)
         trial = StudyLayout(Path("/study")).trial(1)
         configs = [training_config(params, trial, study) for params in given.trials]
+        for config in configs:
+            checks.require_fixed_pictures(given, dataset, config)
         script = SCRIPTS[family].removesuffix(".py")
         with TemporaryDirectory() as folder:
             if _TORCH_OPTIMIZERS.is_dir():

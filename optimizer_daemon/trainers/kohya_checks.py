@@ -6,7 +6,7 @@ import importlib
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from optimizer_daemon.lora_training.toml_file import closest, line_of_key
 from optimizer_daemon.trainers import kohya_inspect
 from optimizer_daemon.trainers.base import TrainerInput
 from optimizer_daemon.trainers.kohya_config import PYTHON_PATH, SCRIPTS, STUDY_KEYS
-from optimizer_daemon.trainers.kohya_data import list_subsets, read_dataset
+from optimizer_daemon.trainers.kohya_data import Subset, list_subsets, read_dataset, settings_of_subset
 from shared.errors import CheckpointError, SettingsError, UserError
 from shared.model_folders import require_base_model
 from shared.process import child_environment
 from shared.safetensors_file import read_header
 from shared.schemas import Trainer
+from shared.single_file import config_folder
 
 PINS = "transformers 4.54.1, diffusers 0.32.1, accelerate 1.6.0, safetensors 0.4.5"
 """What sd-scripts' requirements.txt pins, of which other versions are known to go wrong."""
@@ -94,9 +95,17 @@ def require_kohya_base_model(base_model: Path, options: Mapping[str, Any]) -> No
     Args:
         options: the [trainer.kohya] table.
     Raises:
-        UserError: it is not whole, was saved by transformers 5, or needs an option that is not set.
+        UserError: it is not whole, has configurations of its own, was saved by transformers 5, or needs an option that
+            is not set.
     """
     require_base_model(base_model)
+    if base_model.is_file() and config_folder(base_model).exists():
+        raise SettingsError(
+            _BASE_MODEL,
+            str(base_model),
+            f"kohya never reads {config_folder(base_model).name} beside it and would train another model than is "
+            "rendered; name a diffusers folder, or take that folder away where the model needs none",
+        )
     base = inspect_base_model(base_model, setting=_BASE_MODEL)
     needed = {"v_parameterization": base.predicts_velocity, "v2": base.version == "sd_v2"}
     for name, is_needed in needed.items():
@@ -140,20 +149,11 @@ def require_dataset(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
                         f"{path}{_line(path, key)}: datasets[{number}].subsets[{index}].{key}: kohya's reader of data "
                         "sets refuses it in a subset, whatever its documentation shows; move it up into [[datasets]]"
                     )
-    caches = options.get("cache_latents", True) or options.get("cache_latents_to_disk", False)
-    tables = [document.get("general", {}), *document["datasets"]]
-    tables += [subset for dataset in document["datasets"] for subset in dataset.get("subsets", [])]
-    for key in ("color_aug", "random_crop"):
-        if caches and any(isinstance(table, dict) and table.get(key) for table in tables):
-            raise UserError(
-                f"{path}{_line(path, key)}: {key}: it changes each picture anew, so no latents can be cached; take it "
-                "out, or set cache_latents = false in [trainer.kohya]"
-            )
     pictures = []
-    for tables_say, subset in _subsets(path, document):
+    for settings, subset in _subsets(path, document, options):
         for source in subset.sources:
             pictures.append(source.picture)
-            if source.caption is None and not tables_say.get("class_tokens"):
+            if source.caption is None and not settings.get("class_tokens"):
                 raise UserError(
                     f"{source.picture}: it has no caption file ({subset.caption_extension}) and {subset.place} no "
                     "class_tokens, so kohya would train it on an empty caption; write one, or set caption_extension"
@@ -164,6 +164,29 @@ def require_dataset(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     dataset_module: Any = importlib.import_module("optimizer_daemon.lora_training.dataset")
     dataset_module.check_pictures(pictures)
     return document
+
+
+def require_fixed_pictures(given: TrainerInput, document: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """See that no latents are cached of pictures that change in every epoch; kohya looks only when it trains.
+
+    Args:
+        config: of a training.
+    Raises:
+        UserError: they are.
+    """
+    if not config.get("cache_latents") and not config.get("cache_latents_to_disk"):
+        return
+    path = given.dataset_config
+    for settings in _settings(document, config):
+        for key in ("color_aug", "random_crop"):
+            if not settings.get(key):
+                continue
+            line = _line(path, key)
+            where = f"{path}{line}: {key}" if line else _where(key, given, config)
+            raise UserError(
+                f"{where}: it changes each picture anew, so no latents can be cached; take it out, or set "
+                "cache_latents = false in [trainer.kohya]"
+            )
 
 
 def require_bucket_steps(path: Path, document: Mapping[str, Any], options: Mapping[str, Any], family: str) -> None:
@@ -274,15 +297,18 @@ def _english(message: str) -> str:
     return message.partition(" / ")[0].strip()
 
 
-def _subsets(path: Path, document: Mapping[str, Any]) -> list[tuple[dict[str, Any], Any]]:
-    """Return each subset with what its tables say, the ones above included."""
-    above = [
-        {**document.get("general", {}), **dataset, **subset}
-        for dataset in document["datasets"]
-        for subset in dataset.get("subsets", [])
-        if isinstance(subset, dict)
-    ]
-    return list(zip(above, list_subsets(path, document), strict=True))
+def _subsets(
+    path: Path, document: Mapping[str, Any], options: Mapping[str, Any]
+) -> Iterator[tuple[dict[str, Any], Subset]]:
+    return zip(_settings(document, options), list_subsets(path, document, options), strict=True)
+
+
+def _settings(document: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield what kohya takes for each subset."""
+    for dataset in document["datasets"]:
+        for subset in dataset.get("subsets", []):
+            if isinstance(subset, dict):
+                yield settings_of_subset(options, document, dataset, subset)
 
 
 def _require_environment(python: str, answer: Mapping[str, Any], script: str) -> None:

@@ -42,6 +42,7 @@ STUDY_KEYS: Mapping[str, str] = MappingProxyType(
     | dict.fromkeys(("save_state", "save_state_on_train_end", "save_last_n_epochs_state", "resume"), _OWN_STATE)
     | dict.fromkeys(("save_last_n_steps_state", "initial_epoch", "initial_step"), _OWN_STATE)
     | {"skip_until_initial_step": _OWN_STATE, "max_train_steps": _TRIALS_LENGTH}
+    | {"caption_extention": "its other spelling, caption_extension, is the one that counts"}
     | dict.fromkeys(("num_processes", "num_machines", "num_cpu_threads_per_process", "multi_gpu"), _OF_LAUNCHER)
     | dict.fromkeys(("gpu_ids", "main_process_port", "machine_rank", "extra_accelerate_launch_args"), _OF_LAUNCHER)
     | dict.fromkeys(("accelerate", "accelerate_launch", "accelerate-launch", "launcher"), _OF_LAUNCHER)
@@ -59,9 +60,10 @@ DATA_KEYS = frozenset(
         "resize_interpolation",
         "vae",
         "v2",
+        "caption_extension",
     }
 )
-"""Keys that decide what the cached latents are; kohya names the cache files without them."""
+"""Keys that decide which captions are linked and what the cached latents are; kohya names those without them."""
 
 
 @dataclass(frozen=True)
@@ -195,8 +197,8 @@ def _of_trial(params: TrialParams) -> tuple[dict[str, Any], dict[str, dict[str, 
             raise UserError(f"trial parameters: {name}: {STUDY_KEYS[name]}; take it out of the search space")
         elif name in DATA_KEYS:
             raise UserError(
-                f"trial parameters: {name}: all trials share the cached latents, which depend on it; set it in the "
-                "data-set TOML or in [trainer.kohya]"
+                f"trial parameters: {name}: all trials share the linked captions and cached latents, which depend on "
+                "it; set it in the data-set TOML or in [trainer.kohya]"
             )
         elif not (name.endswith("_ratio") and name.removesuffix("_ratio") in params.derived):  # it has done its work
             values[name] = value

@@ -1,8 +1,8 @@
 """The data set as kohya gets it: links to the pictures, in folders of the study's own.
 
 sd-scripts keep their latents beside the pictures under names that tell neither resolution nor VAE nor base model, so
-two studies on one folder, or one picture changed, would train on latents of something else. Hence one set of links for
-each combination of these:
+two studies on one folder, or one picture changed, would train on latents of something else. The outputs of text
+encoders that they keep there tell as little of the captions. Hence one set of links for each combination of these:
 
     trainer_cache/dataset-<settings>.json       the data set's tables, image_dir pointing below
     trainer_cache/data-<contents>/<n>_<m>/<image_dir's name>/     links to its pictures and captions, kohya's latents
@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from optimizer_daemon.dataset_files import caption_extension
 from optimizer_daemon.lora_training.toml_file import read_toml
 from optimizer_daemon.trainers.kohya_config import DATA_KEYS
 from shared.errors import DiskError, SettingsError, UserError
 from shared.files import write_text
 from shared.held_out import IMAGE_SUFFIXES, file_digest, image_files
 from shared.layout import StudyLayout
+from shared.model_folders import digest_model
 from shared.schemas import Run
 
 _SETTING = "--dataset-config"
@@ -76,9 +78,18 @@ def read_dataset(path: Path) -> dict[str, Any]:
     return document
 
 
-def list_subsets(path: Path, document: Mapping[str, Any]) -> Iterator[Subset]:
+def settings_of_subset(
+    options: Mapping[str, Any], document: Mapping[str, Any], dataset: Mapping[str, Any], subset: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what kohya takes for a subset: what no table says falls back on the script's own option."""
+    return {**options, **document.get("general", {}), **dataset, **subset}
+
+
+def list_subsets(path: Path, document: Mapping[str, Any], options: Mapping[str, Any]) -> Iterator[Subset]:
     """Yield each subset with its pictures; image_dir counts from the folder of the file.
 
+    Args:
+        options: the [trainer.kohya] table.
     Raises:
         UserError: a subset is none of pictures with caption files, or its folder has no pictures.
     """
@@ -99,13 +110,12 @@ def list_subsets(path: Path, document: Mapping[str, Any]) -> Iterator[Subset]:
                     "leave the second one out; use num_repeats to see its pictures more often"
                 )
             seen.add(folder)
-            above = {**document.get("general", {}), **dataset, **subset}
-            extension = above.get("caption_extension", ".caption")
-            sources = tuple(_sources(folder, str(extension)))
+            extension = caption_extension(settings_of_subset(options, document, dataset, subset))
+            sources = tuple(_sources(folder, extension))
             if not sources:
                 kinds = ", ".join(sorted(IMAGE_SUFFIXES))
                 raise UserError(f"{path}: {place}.image_dir: {str(folder)!r} holds no pictures ({kinds})")
-            yield Subset(place, folder, str(extension), sources)
+            yield Subset(place, folder, extension, sources)
 
 
 def make_dataset(run: Run, study: StudyLayout) -> Path:
@@ -123,13 +133,17 @@ def make_dataset(run: Run, study: StudyLayout) -> Path:
     held_out = {picture.sha256 for picture in run.pictures.held_out} if run.pictures is not None else set()
     subsets = [
         (subset, [(source, digest) for source in subset.sources if (digest := _digest(source)) not in held_out])
-        for subset in list_subsets(path, document)
+        for subset in list_subsets(path, document, run.trainer.options)
     ]
     target = dataset_path(run, study)
     contents = {
         "settings": target.name,
         "tables": document,
-        "pictures": [[subset.place, [(source.name, digest) for source, digest in left]] for subset, left in subsets],
+        "vae": _vae_digest(run.trainer.options),
+        "pictures": [
+            [subset.place, [(source.name, digest, _caption_digest(source)) for source, digest in left]]
+            for subset, left in subsets
+        ],
     }
     farm = study.trainer_cache / f"data-{_short(contents)}"
     folders = iter([_link(subset, [source for source, _ in left], farm) for subset, left in subsets])
@@ -144,15 +158,23 @@ def make_dataset(run: Run, study: StudyLayout) -> Path:
 def remove_broken_latents(study: StudyLayout) -> list[Path]:
     """Remove the latents that a killed training left half written: kohya would fail on them for ever.
 
+    Only what was written since the last look is read, for the latents of a large data set are gigabytes.
+
     Raises:
         DiskError: one could not be removed.
     """
-    broken = [path for path in sorted(study.trainer_cache.glob("data-*/*/*/*.npz")) if not _is_whole(path)]
-    for path in broken:
-        try:
+    looked = study.trainer_cache / "latents_looked_at"
+    try:
+        since = looked.stat().st_mtime_ns if looked.exists() else 0
+        latents = study.trainer_cache.glob("data-*/*/*/*.npz")
+        fresh = sorted(path for path in latents if path.stat().st_mtime_ns >= since)
+        broken = [path for path in fresh if not _is_whole(path)]
+        for path in broken:
             path.unlink()
-        except OSError as error:
-            raise DiskError(path, error) from error
+        if fresh:
+            looked.touch()
+    except OSError as error:
+        raise DiskError(study.trainer_cache, error) from error
     return broken
 
 
@@ -202,6 +224,15 @@ def _caption_of(picture: Path, extension: str) -> Path | None:
 
 def _digest(source: Source) -> str:
     return file_digest(source.picture, _SETTING)
+
+
+def _caption_digest(source: Source) -> str | None:
+    return None if source.caption is None else file_digest(source.caption, _SETTING)
+
+
+def _vae_digest(options: Mapping[str, Any]) -> str | None:
+    vae = Path(str(options.get("vae", "")))
+    return digest_model(vae, setting="[trainer.kohya] vae") if "vae" in options and vae.exists() else None
 
 
 def _is_whole(path: Path) -> bool:

@@ -240,6 +240,25 @@ KOHYA = [
         kohya(change=in_dataset("[general]", "random_crop = true")),
     ),
     Case(
+        "kohya: an option that changes pictures in every epoch, and cached latents",
+        ("[trainer.kohya] random_crop: it changes each picture anew", "cache_latents = false in [trainer.kohya]"),
+        kohya("random_crop = true"),
+    ),
+    Case(
+        "kohya: a drawn setting that changes pictures in every epoch, and cached latents",
+        ("--search-space: color_aug: it changes each picture anew", "cache_latents = false in [trainer.kohya]"),
+        kohya(
+            change=lambda world: world.space.write_text(
+                world.space.read_text() + '[parameters.color_aug]\ntype = "categorical"\nchoices = [false, true]\n'
+            )
+        ),
+    ),
+    Case(
+        "kohya: the other spelling of an option",
+        ("[trainer.kohya] caption_extention: its other spelling, caption_extension, is the one that counts",),
+        kohya("caption_extention = 'txt'"),
+    ),
+    Case(
         "kohya: steps of buckets that it refuses only when it trains",
         ("dataset.toml line 3: datasets[0].bucket_reso_steps: 32 will not do", "kohya trains sd15 at multiples of 64"),
         kohya(change=in_dataset("[general]", "enable_bucket = true\nbucket_reso_steps = 32")),

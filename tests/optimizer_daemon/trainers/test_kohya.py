@@ -10,12 +10,13 @@ import pytest
 
 from optimizer_daemon.trainers import TRAINERS
 from optimizer_daemon.trainers.base import ResumePoint, holds_out
-from optimizer_daemon.trainers.kohya_checks import require_bucket_steps
+from optimizer_daemon.trainers.kohya_checks import require_bucket_steps, require_kohya_base_model
 from optimizer_daemon.trainers.kohya_data import dataset_path
-from shared.errors import UserError
+from shared.errors import SettingsError, UserError
 from shared.files import read_model
 from shared.layout import StudyLayout
 from shared.schemas import Run, Trainer, TrialParams
+from tests.scenarios.test_single_file_study import as_single_file
 
 GOLDEN = Path(__file__).parents[2] / "data/formats/v1"
 KOHYA = TRAINERS.load("kohya")
@@ -195,7 +196,11 @@ def test_lists_of_arguments_are_written_as_kohya_splits_them(options, parameters
         ({"python_path": "opt"}, {}, "python_path: 'opt' will not do; write a folder"),
         ({"deep": {"er": 1}}, {}, "{'er': 1} will not do; sd-scripts take texts, numbers, true, false and lists"),
         ({}, {"seed": 3}, "trial parameters: seed: the seed is --seed; take it out of the search space"),
-        ({}, {"resolution": "512"}, "resolution: all trials share the cached latents, which depend on it"),
+        (
+            {},
+            {"resolution": "512"},
+            "resolution: all trials share the linked captions and cached latents, which depend on it",
+        ),
         ({}, {"lr_scheduler": "constant"}, "'constant' has no warm-up but lr_warmup_steps is 150; use constant_with"),
         ({}, {"lr_warmup_steps": 150.0}, "lr_warmup_steps: 150.0 will not do, .* a share of all steps"),
     ],
@@ -218,6 +223,12 @@ def test_a_seed_that_numpy_cannot_take_is_refused():
 
 def test_held_out_pictures_are_promised_to_be_left_out():
     assert holds_out(KOHYA)
+
+
+def test_a_single_file_with_configurations_of_its_own_is_no_base_model_for_kohya(tmp_path: Path):
+    file = as_single_file(tmp_path)
+    with pytest.raises(SettingsError, match=r"kohya never reads tiny\.config beside it"):
+        require_kohya_base_model(file, {})
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
+from optimizer_daemon.study_file import captions
 from optimizer_daemon.trainers import TRAINERS
 from optimizer_daemon.trainers.base import ResumePoint
 from optimizer_daemon.trainers.kohya import publish_optimizers
+from optimizer_daemon.trainers.kohya_checks import require_dataset
 from optimizer_daemon.trainers.kohya_data import make_dataset, remove_broken_latents
+from shared.errors import UserError
 from shared.layout import StudyLayout, TrialLayout
 from shared.schemas import Run, TrainerExit
 from shared.schemas.pictures import Picture, StudyPictures
@@ -48,11 +52,18 @@ def layout(tmp_path: Path) -> StudyLayout:
     return StudyLayout(tmp_path / "study")
 
 
-def run_on(images: Path, subset: str = "", *, held_out: tuple[str, ...] = ()) -> Run:
-    """A study on `images`, the named pictures held out."""
+def run_on(
+    images: Path,
+    subset: str = "",
+    *,
+    held_out: tuple[str, ...] = (),
+    general: str = "caption_extension = '.txt'",
+    **options: object,
+) -> Run:
+    """A study on `images`, the named pictures held out, with `options` in its [trainer.kohya] table."""
     path = images.parent / "dataset.toml"
     path.write_text(
-        "[general]\ncaption_extension = '.txt'\n[[datasets]]\nresolution = 64\n"
+        f"[general]\n{general}\n[[datasets]]\nresolution = 64\n"
         f"[[datasets.subsets]]\nimage_dir = '{images.name}'\nclass_tokens = 'thing'\n{subset}\n"
     )
     pictures = tuple(
@@ -61,7 +72,13 @@ def run_on(images: Path, subset: str = "", *, held_out: tuple[str, ...] = ()) ->
     )
     run = study()
     settings = {**run.settings, "dataset-config": str(path)}
-    return run.model_copy(update={"settings": settings, "pictures": StudyPictures(held_out=pictures)})
+    return run.model_copy(
+        update={
+            "settings": settings,
+            "pictures": StudyPictures(held_out=pictures),
+            "trainer": run.trainer.model_copy(update={"options": options}),
+        }
+    )
 
 
 def linked(made: Path) -> Path:
@@ -85,6 +102,33 @@ def test_kohya_gets_links_to_pictures_and_captions_and_nobody_elses_latents(imag
     tables = json.loads(made.read_text())
     assert tables["general"] == {"caption_extension": ".txt"}
     assert tables["datasets"][0]["resolution"] == 64
+
+
+@pytest.mark.parametrize(
+    ("general", "options"),
+    [
+        pytest.param("caption_extension = 'txt'", {}, id="without its dot"),
+        pytest.param("", {"caption_extension": ".txt"}, id="as an option"),
+        pytest.param("", {"caption_extension": "txt"}, id="both"),
+        pytest.param("caption_extension = '.txt'", {"caption_extension": ".caption"}, id="the table wins"),
+    ],
+)
+def test_captions_are_found_as_sd_scripts_find_them(images: Path, layout: StudyLayout, general: str, options):
+    run = run_on(images, general=general, **options)
+    captions = {file.name: file.read_text() for file in linked(make_dataset(run, layout)).glob("*.txt")}
+    assert captions == {"ball.txt": "a ball", "cat_10_20_30_40.txt": "a cat"}
+
+
+@pytest.mark.parametrize("extension", [".txt", "txt"])
+def test_a_caption_by_the_scripts_option_satisfies_the_start(tmp_path: Path, extension: str):
+    Image.new("RGB", (8, 8)).save(tmp_path / "ball.png")
+    (tmp_path / "ball.txt").write_text("a ball")
+    toml = tmp_path / "dataset.toml"
+    toml.write_text("[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '.'\n")
+    require_dataset(toml, {"caption_extension": extension})
+    assert captions(toml, {"caption_extension": extension}) == ["a ball"]
+    with pytest.raises(UserError, match=r"it has no caption file \(\.caption\)"):
+        require_dataset(toml, {})
 
 
 def test_held_out_pictures_are_no_links(images: Path, layout: StudyLayout):
@@ -112,11 +156,17 @@ def test_the_same_pictures_are_linked_once_and_keep_their_latents(images: Path, 
     assert latents.read_bytes() == b"latents"
 
 
-@pytest.mark.parametrize("change", ["a picture", "the resolution"])
+@pytest.mark.parametrize("change", ["a picture", "a caption", "the resolution", "the VAE"])
 def test_latents_of_something_else_are_never_met(images: Path, layout: StudyLayout, change: str):
-    run = run_on(images)
+    vae = images.parent / "vae.safetensors"
+    vae.write_bytes(b"weights")
+    run = run_on(images, vae=str(vae))
     before = linked(make_dataset(run, layout))
-    if change == "a picture":
+    if change == "the VAE":
+        vae.write_bytes(b"other weights")
+    elif change == "a caption":
+        (images / "ball.txt").write_text("another")  # kohya keeps what its text encoders make of it, too
+    elif change == "a picture":
         (images / "ball.png").write_bytes(b"another picture under that name")
     else:
         toml = images.parent / "dataset.toml"
@@ -136,6 +186,19 @@ def test_half_written_latents_are_removed_before_a_training(images: Path, layout
     KOHYA.tidy(layout.trial(1), run)
     assert sorted(path.name for path in folder.glob("*.npz")) == ["cone_0064x0064_sd.npz"]
     assert remove_broken_latents(layout) == []
+
+
+def test_latents_that_were_whole_are_not_read_again(images: Path, layout: StudyLayout):
+    folder = linked(make_dataset(run_on(images), layout))
+    old, new = folder / "ball_0064x0064_sd.npz", folder / "cone_0064x0064_sd.npz"
+    with zipfile.ZipFile(old, "w") as archive:
+        archive.writestr("latents.npy", bytes(5000))
+    time_of_old = old.stat()
+    assert remove_broken_latents(layout) == []
+    old.write_bytes(b"only a look could tell")
+    os.utime(old, ns=(time_of_old.st_atime_ns, time_of_old.st_mtime_ns - 1_000_000_000))
+    new.write_bytes(b"half")
+    assert remove_broken_latents(layout) == [new]
 
 
 # -------------------------------------------------------------------------------------------------------- states
