@@ -41,7 +41,11 @@ class OptimizerSettings(DaemonSettings):
     lpips_weights: Path | None = Field(
         None, description="file of LPIPS' backbone, e.g. torchvision's AlexNet (default: not measured)"
     )
-    output_dir: Path | None = Field(None, description="study folder; everything is written below it")
+    output_dir: Path | None = Field(
+        None,
+        description="study folder; everything of the study is written below it. Latents of the native trainer, which "
+        "studies share, lie in [trainer.native] latent_cache_dir",
+    )
     study_name: str = Field("lora_study", min_length=1, description="name of the study; the same name continues it")
     storage: str | None = Field(None, description="Optuna storage URL (default: SQLite in the study folder)")
     n_trials: int = Field(30, ge=1, description="finished trials to reach, counted over all runs of the stage")

@@ -1,26 +1,29 @@
 """The training pictures of a study as one plain folder, as most programs take them: links, captions, metadata.jsonl.
 
-Each picture has its caption in a .txt of the same name, and metadata.jsonl holds both for the imagefolder loader of
-Hugging Face's datasets. Held-out pictures are not in it; a subset's num_repeats is not kept.
+Each picture has its caption in a .txt of the same name, caption_prefix and caption_suffix included, and metadata.jsonl
+holds both for the imagefolder loader of Hugging Face's datasets. Held-out pictures are not in it; num_repeats are
+not kept.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from optimizer_daemon.dataset_files import caption_extension
 from shared.errors import DiskError, SettingsError, UserError
 from shared.files import sweep_temp_files, write_text
 from shared.held_out import file_digest, image_files
 from shared.layout import StudyLayout
 
 METADATA = "metadata.jsonl"
-_CAPTION_EXTENSION = ".caption"  # kohya's default
+_OUR_NAME = re.compile(r"\d{2,}_.*")
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ def picture_folder(study: StudyLayout) -> Path:
 
 
 def check_pictures(dataset_config: Path) -> None:
-    """See that there are pictures, that each has its caption, and that each decodes.
+    """See that there are pictures, that each has a caption that says something, and that each decodes.
 
     Raises:
         UserError: something of it will not do.
@@ -60,8 +63,8 @@ def check_pictures(dataset_config: Path) -> None:
 def make_picture_folder(dataset_config: Path, folder: Path, held_out: Set[str]) -> None:
     """Bring the folder to what the data set is now; only what differs is touched, for trainings may be reading it.
 
-    Programs keep files of their own there, such as latents: of what is not wanted only our links, which alone are
-    links, and the captions beside them are removed.
+    Programs keep files of their own there, such as latents: of what is not wanted only links of ours and the
+    captions beside them are removed.
 
     Args:
         held_out: SHA-256 of the pictures that stay away.
@@ -82,7 +85,7 @@ def make_picture_folder(dataset_config: Path, folder: Path, held_out: Set[str]) 
         folder.mkdir(parents=True, exist_ok=True)
         sweep_temp_files(folder)
         for path in list(folder.iterdir()):
-            if path.is_symlink() and path.name not in names:
+            if path.is_symlink() and _OUR_NAME.fullmatch(path.name) and path.name not in names:
                 caption = path.with_suffix(".txt")
                 if caption.name not in texts:
                     caption.unlink(missing_ok=True)
@@ -127,12 +130,21 @@ def _pictures(dataset_config: Path) -> Iterator[CaptionedPicture]:
 
 
 def _caption(file: Path, subset: dict[str, Any]) -> str:
-    path = file.with_suffix(str(subset.get("caption_extension", _CAPTION_EXTENSION)))
+    """Return the caption as sd-scripts complete it; the trigger word often stands in the prefix."""
+    parts = (subset.get("caption_prefix"), _written_caption(file, subset), subset.get("caption_suffix"))
+    return " ".join(str(part) for part in parts if part)
+
+
+def _written_caption(file: Path, subset: dict[str, Any]) -> str:
+    path = file.with_suffix(caption_extension(subset))
     try:
-        return path.read_text(encoding="utf-8-sig").partition("\n")[0].strip()
+        caption = path.read_text(encoding="utf-8-sig").partition("\n")[0].strip()
     except FileNotFoundError:
-        if "class_tokens" in subset:
+        if subset.get("class_tokens"):
             return str(subset["class_tokens"])
         raise UserError(f"{file} has no caption: {path.name} is missing; write it, or set class_tokens") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; save the caption as UTF-8") from error
+    if not caption:
+        raise UserError(f"{path}: its first line is empty; write the caption of {file.name} into it")
+    return caption

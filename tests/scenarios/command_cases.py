@@ -125,6 +125,14 @@ BY_PROGRAM = [
         and_final('command = "true \'x"'),
     ),
     Case(
+        "command: an empty caption",
+        ("01_red_cube.txt: its first line is empty", "write the caption of 01_red_cube.png into it"),
+        lambda world: (
+            (world.pictures / "01_red_cube.txt").write_text(""),
+            and_final(COMMAND.replace("true ", "true {dataset_dir} "))(world),
+        )[1],
+    ),
+    Case(
         "command: a picture without caption",
         ("01_red_cube.png has no caption", "01_red_cube.txt is missing", "class_tokens"),
         lambda world: (

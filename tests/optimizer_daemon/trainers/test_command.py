@@ -20,7 +20,7 @@ from optimizer_daemon.collecting.patterns import Match, Pattern
 from optimizer_daemon.lifecycle import signal_of
 from optimizer_daemon.trainers.command import TRAINER
 from optimizer_daemon.trainers.command_options import read_options
-from optimizer_daemon.trainers.picture_folder import make_picture_folder
+from optimizer_daemon.trainers.picture_folder import check_pictures, make_picture_folder
 from optimizer_daemon.trainers.templates import fill, written
 from shared.errors import SettingsError, UserError
 from shared.held_out import file_digest
@@ -182,15 +182,52 @@ def test_the_picture_folder_has_every_picture_but_the_held_out_and_follows_the_d
     before = (out / "01_two.txt").stat().st_ino
     (tmp_path / "b/one.png").unlink()
     (out / "_latent_cache").mkdir()  # the program's own
+    (out / "latest").symlink_to("_latent_cache")
     for name in ("_latent_cache/01_two.safetensors", "02_one.npz", "notes.txt"):
         (out / name).write_text("mine")
     make_picture_folder(config, out, set())
     assert [(out / name).exists() for name in ("_latent_cache/01_two.safetensors", "02_one.npz", "notes.txt")] == [
         True, True, True,
     ]  # fmt: skip
+    assert (out / "latest").is_symlink()
     assert not (out / "02_one.txt").exists()
     assert sorted(path.name for path in out.glob("*.png")) == ["01_one.png", "01_two.png", "02_two.png"]
     assert (out / "01_two.txt").stat().st_ino == before
+
+
+def captions_of(folder: Path, subset: str) -> list[str]:
+    """What the program gets to read of a data set of one picture, whose caption is `ball.txt`."""
+    config = folder / "dataset.toml"
+    config.write_text(f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'pictures'\n{subset}\n")
+    check_pictures(config)
+    make_picture_folder(config, folder / "out", set())
+    (row,) = map(json.loads, (folder / "out/metadata.jsonl").read_text().splitlines())
+    return [(folder / "out/01_ball.txt").read_text(), row["text"]]
+
+
+@pytest.fixture
+def ball(tmp_path: Path) -> Path:
+    from PIL import Image
+
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures/ball.png")
+    (tmp_path / "pictures/ball.txt").write_text("a ball\nmore\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("extension", [".txt", "txt"])
+def test_a_caption_reaches_the_program_with_its_prefix_and_suffix(ball: Path, extension: str):
+    prefixed = f"caption_extension = '{extension}'\ncaption_prefix = 'zwx,'\ncaption_suffix = ', best'"
+    assert captions_of(ball, prefixed) == ["zwx, a ball , best\n", "zwx, a ball , best"]
+    (ball / "pictures/ball.txt").unlink()
+    assert captions_of(ball, f"{prefixed}\nclass_tokens = 'thing'")[1] == "zwx, thing , best"
+
+
+@pytest.mark.parametrize("text", ["", "\nbelow\n", " \n"])
+def test_an_empty_caption_is_refused(ball: Path, text: str):
+    (ball / "pictures/ball.txt").write_text(text)
+    with pytest.raises(UserError, match=r"ball\.txt: its first line is empty; write the caption of ball\.png into it"):
+        captions_of(ball, "caption_extension = '.txt'\ncaption_prefix = 'zwx'")
 
 
 # ------------------------------------------------------------------------------------------------------- collecting
