@@ -30,6 +30,7 @@ from shared.settings import make_writable_folder
 
 SAMPLES = 10
 _DISK_SAMPLES = 1_000
+_SIZES = ("network_dim", "save_precision")  # of a trainer's table: what decides how large a checkpoint is
 
 
 def check(settings: OptimizerSettings) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def check_text(found: Mapping[str, Any]) -> str:
         "",
         f"disk: a checkpoint takes {sizes}",
         f"  {_bytes(disk['trial'])} a trial with its pictures, {_bytes(disk['study'])} for {disk['trials']} trials; "
-        f"{_bytes(disk['free'])} are free",
+        f"{_bytes(disk['training'])} more while one trains, for its state; {_bytes(disk['free'])} are free",
     ]
     return "\n".join(lines)
 
@@ -172,19 +173,23 @@ def _existing_parent(folder: Path | None) -> Path | None:
 
 def _disk(settings: OptimizerSettings, run: Run, trials: Sequence[Mapping[str, Value]]) -> dict[str, Any]:
     assert run.plan is not None and settings.base_model is not None, "checked before"
+    # What the trainer's table says for every trial; a drawn parameter wins, as in the training.
+    table = {name: run.trainer.options[name] for name in _SIZES if name in run.trainer.options}
     found = estimate(
         weights_per_rank(settings.base_model),
-        trials,
+        [{**table, **parameters} for parameters in trials],
         settings.save_every_n_epochs,
         settings.n_trials,
         run.plan.num_samples,
         run.plan.width * run.plan.height,
+        settings.trainer_name,
     )
     free = shutil.disk_usage(_existing_parent(settings.output_dir) or Path.cwd()).free
     return {
         "checkpoint": found.checkpoint,
         "trial": found.trial,
         "study": found.study,
+        "training": found.training,
         "trials": settings.n_trials,
         "free": free,
     }

@@ -10,6 +10,7 @@ from typing import Any
 from optimizer_daemon.commands import RequestDesk
 from optimizer_daemon.display import LiveLine
 from optimizer_daemon.enqueue import Queue, pinned_values, stage_of
+from optimizer_daemon.failures import FailureStreak
 from optimizer_daemon.lifecycle import Action, next_action
 from optimizer_daemon.optuna_adapter.models import SAMPLERS
 from optimizer_daemon.optuna_adapter.study import TuningStudy
@@ -23,7 +24,7 @@ from optimizer_daemon.recovery import (
 from optimizer_daemon.refresh import PictureRefresh
 from optimizer_daemon.remains import drop_set_aside, drop_training_state, set_aside
 from optimizer_daemon.results import all_trials, publish_final, results_are_of, trials_of_stage, write_results
-from optimizer_daemon.runner import LiveTrial, Runner, kind_of, now_local
+from optimizer_daemon.runner import LiveTrial, Runner, now_local
 from optimizer_daemon.scorekeeper import ScoreKeeper
 from optimizer_daemon.scores import ScoreReader
 from optimizer_daemon.scoring_command import EVALUATOR, ScoringCommand
@@ -38,7 +39,7 @@ from optimizer_daemon.trainers import TRAINERS
 from optimizer_daemon.trainers.base import Prepares
 from shared.devices import gpu_uuid, require_device, resolve_device
 from shared.durations import duration
-from shared.errors import LabError, ResourceError, SettingsError, Stopped
+from shared.errors import LabError, SettingsError, Stopped
 from shared.failpoints import reach
 from shared.files import write_model
 from shared.layout import StudyLayout
@@ -53,7 +54,6 @@ from shared.supervise import STOP_TIMEOUT_S
 from shared.watch_script import write_watch_script
 
 TICK_S = 1.0
-MOST_EQUAL_FAILURES = 3  # in a row
 MOST_UNSCORED = 2  # trainings that ended and wait for their score, for each slot
 
 _STARTS = (Action.TRAIN, Action.RESUME, Action.REDO, Action.EVALUATE)
@@ -86,7 +86,7 @@ class OptimizerDaemon:
         self._service = Service(clock=clock)
         self._line = LiveLine()
         self._live: list[LiveTrial] = []
-        self._failures: list[str] = []
+        self._failures = FailureStreak()
         self._ticking = False
         self._begin = clock()
         self._stage = stage_of(settings.max_epochs)
@@ -343,14 +343,7 @@ class OptimizerDaemon:
         if live.state.state == "pruned":
             live.write_state(imputed_value=self._scores.imputed(live))
         state = live.state
-        if state.state == "failed":
-            self._study.tell_failed(state.optuna_number, state.reason or "unknown")
-        elif state.state == "pruned":
-            self._study.tell_pruned(state.optuna_number, state.reason or "unknown")
-        else:
-            assert state.value is not None, "a complete trial has a value"
-            infeasible_because = None if state.feasible is not False else state.reason
-            self._study.tell_complete(state.optuna_number, state.value, infeasible_because)
+        self._scores.tell(state)
         reach("optimizer.told")
         self._live.remove(live)
         self._trials = self._collect()
@@ -368,23 +361,11 @@ class OptimizerDaemon:
                 finished=self._finished,
                 study_eta=duration(seconds_left(self._trials, self._target - self._finished)),
             )
-        self._remember_end(state.reason if state.state == "failed" else None)
+        self._failures.remember(state.reason if state.state == "failed" else None)
 
     def _refresh_results(self) -> None:
         write_results(self.layout, self._trials)
         self._pictures.request()
-
-    def _remember_end(self, failure: str | None) -> None:
-        """Stop the daemon when trial after trial fails in the same way: the night would be lost."""
-        if failure is None:
-            self._failures.clear()
-            return
-        kind = kind_of(failure)
-        self._failures = [*self._failures, kind] if set(self._failures) <= {kind} else [kind]
-        if len(self._failures) >= MOST_EQUAL_FAILURES:
-            raise ResourceError(
-                f"{len(self._failures)} trials in a row failed in the same way; mend it and start again: {failure}"
-            )
 
     # ------------------------------------------------------------------------------------------------------- figures
 

@@ -13,6 +13,13 @@ from shared.safetensors_file import read_header
 
 BYTES_PER_WEIGHT = {"fp16": 2, "bf16": 2, "float": 4}
 HEADER_BYTES = 100_000  # names and shapes of some 800 tensors, and the metadata
+STATE_BYTES_PER_WEIGHT = {"native": 12, "kohya": 24}
+"""What a trainer keeps to go on from, while it trains: weights and two moments of Adam in 32 bits; kohya two of these
+together while it saves the second."""
+
+COPIES = {"command": 2}
+"""Of each checkpoint: another program's own stays in output/."""
+
 BYTES_PER_PIXEL = 2  # a PNG of a rendered picture; the grid holds each picture once more
 
 # What a LoRA lies beside: linear layers and 1x1 convolutions of the UNet's transformers and of the text encoders.
@@ -31,11 +38,13 @@ class Disk:
         checkpoint: of each rank.
         trial: of a mean trial.
         study: of all of them.
+        training: what a running training of the largest rank takes on top, for its state.
     """
 
     checkpoint: dict[int, int]
     trial: float
     study: float
+    training: int
 
 
 def weights_per_rank(base_model: Path) -> int:
@@ -66,7 +75,13 @@ def weights_per_rank(base_model: Path) -> int:
 
 
 def estimate(
-    per_rank: int, trials: Iterable[Mapping[str, object]], every: int, count: int, pictures: int, pixels: int
+    per_rank: int,
+    trials: Iterable[Mapping[str, object]],
+    every: int,
+    count: int,
+    pictures: int,
+    pixels: int,
+    trainer: str = "native",
 ) -> Disk:
     """Return what a study of `count` trials fills.
 
@@ -76,6 +91,7 @@ def estimate(
         every: epochs between two checkpoints.
         pictures: of each checkpoint.
         pixels: of each picture.
+        trainer: who trains. What another program saves besides its weights is not known.
     """
     sizes, trial_bytes = {}, []
     for parameters in trials:
@@ -84,6 +100,9 @@ def estimate(
         width = BYTES_PER_WEIGHT[str(parameters.get("save_precision", "fp16"))]
         sizes[rank] = per_rank * rank * width + HEADER_BYTES
         checkpoints = expected_checkpoints(epochs, every)
-        trial_bytes.append(checkpoints * (sizes[rank] + 2 * pictures * pixels * BYTES_PER_PIXEL))
+        trial_bytes.append(
+            checkpoints * (COPIES.get(trainer, 1) * sizes[rank] + 2 * pictures * pixels * BYTES_PER_PIXEL)
+        )
     mean = statistics.fmean(trial_bytes)
-    return Disk(dict(sorted(sizes.items())), mean, mean * count)
+    training = per_rank * max(sizes) * STATE_BYTES_PER_WEIGHT.get(trainer, 0)
+    return Disk(dict(sorted(sizes.items())), mean, mean * count, training)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import statistics
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from optimizer_daemon.failures import WHERE
 from optimizer_daemon.lifecycle import Action, Ending, TrialView, ending_of, signal_of
 from optimizer_daemon.lora_training.memory import Memory, memory_that_ran_out
 from optimizer_daemon.scores import TrialScores
@@ -41,9 +41,6 @@ QUOTED_LINES = 20
 LOST_TERM_TIMEOUT_S = 10.0  # a training that is given up has nothing to save, only its GPU to leave in order
 LOST_KILL_TIMEOUT_S = 10.0
 HOST = "host"  # among the memories a trial ran short of; the others are GPUs
-
-_WHERE = "; it ended "  # before it a reason says what happened, behind it where and the last lines
-_KIND_CHARACTERS = 100
 
 _log = logging.getLogger(__name__)
 
@@ -205,8 +202,9 @@ class Runner:
         report = self.stop(live, term_timeout_s=LOST_TERM_TIMEOUT_S, kill_timeout_s=LOST_KILL_TIMEOUT_S)
         if action is Action.STOP_DIVERGED:
             why = (
-                f"diverged: the loss was {live.progress and live.progress.loss} for {_not_finite_steps(live)} steps; "
-                "lower the learning rates, or train with mixed_precision bf16 or no"
+                f"diverged: the loss it shows is {live.progress and live.progress.loss} since step "
+                f"{live.first_not_finite}, for {_not_finite_steps(live)} steps now; where that is a mean, as kohya's, "
+                "one step was enough; lower the learning rates, or train with mixed_precision bf16 or no"
             )
         else:
             why = (
@@ -294,7 +292,7 @@ class Runner:
     def _with_last_lines(self, live: LiveTrial, why: str) -> str:
         lines = live.log.last_lines(QUOTED_LINES)
         quoted = " | ".join(lines) or "(nothing)"
-        return f"{why}{_WHERE}{_how_far(live)}; last lines of {live.layout.training_log}: {quoted}"
+        return f"{why}{WHERE}{_how_far(live)}; last lines of {live.layout.training_log}: {quoted}"
 
 
 def uses_of(gpu: str | None, policy: GpuPolicy, ran_short_of: Sequence[str]) -> dict[str, GpuUse]:
@@ -313,11 +311,6 @@ def uses_of(gpu: str | None, policy: GpuPolicy, ran_short_of: Sequence[str]) -> 
 def _lines(log: TrainingLog) -> Iterator[str]:
     yield from log.new_lines()
     yield log.unfinished
-
-
-def kind_of(reason: str) -> str:
-    """Return what equal failures have in common: no numbers, as in paths and steps, and no quoted lines."""
-    return re.sub(r"[0-9]+", "", reason.partition(_WHERE)[0])[:_KIND_CHARACTERS]
 
 
 def _patience_s(live: LiveTrial) -> float:

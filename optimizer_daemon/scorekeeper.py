@@ -12,6 +12,7 @@ from optimizer_daemon.search.curves import Curve, imputed
 from optimizer_daemon.search.pruning import Pruner
 from shared.failpoints import reach
 from shared.logs import log_change
+from shared.schemas import TrialState
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +50,17 @@ class ScoreKeeper:
             curve = _curve(live)
             if live.state.state == "training" and self._pruner.name != "none" and curve is not None:
                 live.objection = self._pruner.objection(curve, self._study.peers()) or ""
+
+    def tell(self, state: TrialState) -> None:
+        """Tell the study how a trial ended; a second time changes nothing."""
+        if state.state == "failed":
+            self._study.tell_failed(state.optuna_number, state.reason or "unknown")
+        elif state.state == "pruned":
+            self._study.tell_pruned(state.optuna_number, state.reason or "unknown")
+        else:
+            assert state.value is not None, "a complete trial has a value"
+            infeasible_because = None if state.feasible is not False else state.reason
+            self._study.tell_complete(state.optuna_number, state.value, infeasible_because)
 
     def imputed(self, live: LiveTrial) -> float | None:
         """Return what a stopped trial would probably have reached; None where that cannot be told."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import platform
 import secrets
@@ -21,6 +22,7 @@ from shared.errors import LabError, SettingsError, StudyMismatchError
 from shared.files import read_kept, write_model
 from shared.held_out import require_unchanged, study_pictures, with_held_out
 from shared.layout import StudyLayout
+from shared.logs import log_change
 from shared.metric_names import MetricInputs, needs_held_out, parse_metrics, uses_pictures
 from shared.model_folders import digest_model, family_of
 from shared.planning import make_plan
@@ -48,6 +50,8 @@ _FREE = {
     "trainer_python",
 }
 """Settings that may differ from one start to the next; with any other changed, scores could not be compared."""
+
+_log = logging.getLogger(__name__)
 
 _LIBRARIES = ("lora-tuner", "torch", "diffusers", "transformers", "peft", "optuna")
 
@@ -90,9 +94,21 @@ def find_run(
                 "--output-dir"
             )
         run = _with_same_data_set(run, settings)
+        if trainer_version not in (None, run.trainer.version):
+            # A program is updated for good reasons; whoever compares its trials has to know.
+            log_change(
+                _log,
+                "the trainer's program has changed; trials before and after may not be comparable",
+                level=logging.WARNING,
+                before=run.trainer.version,
+                now=trainer_version,
+            )
     free = {_flag(name): shown[_flag(name)] for name in _FREE}
     here = trainer_of(settings)
-    trainer = run.trainer.model_copy(update={"python": here.python, "directory": here.directory, "family": here.family})
+    version = trainer_version or run.trainer.version
+    trainer = run.trainer.model_copy(
+        update={"python": here.python, "directory": here.directory, "family": here.family, "version": version}
+    )
     return run.model_copy(
         update={"status": "running", "updated": now, "settings": {**run.settings, **free}, "trainer": trainer}
     )

@@ -75,7 +75,8 @@ class TrainConfig(ObjectiveSettings, RateSettings, NetworkSettings, DatasetSetti
     logging_dir: FilePath | None = Field(None, description="TensorBoard folder; none by default")
     state_dir: FilePath | None = Field(None, description="folder of the resume state; output_dir/state by default")
     latent_cache_dir: FilePath | None = Field(
-        None, description="folder of encoded images, shared by all trainings; $XDG_CACHE_HOME/lora-tuner/latents"
+        None,
+        description="encoded images, shared by the trainings of all studies; $XDG_CACHE_HOME/lora-tuner/latents",
     )
     resume: bool = Field(False, description="go on from the state in state_dir, where there is one")
 

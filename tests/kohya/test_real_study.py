@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from PIL import Image
 
 from shared.files import read_model
 from shared.layout import StudyLayout
-from shared.schemas import AllTrials, EvaluationState, Run, TrainerExit, TrialState
+from shared.safetensors_file import read_checkpoint
+from shared.schemas import AllTrials, BestParameters, EvaluationState, Metrics, Run, TrainerExit, TrialState
 from tests.kohya.kohya_lab import KohyaLab
 from tests.kohya.narrow_world import NarrowWorld
 from tests.scenarios.lab import wait_until
@@ -37,6 +41,30 @@ def test_every_trial_is_complete(finished: tuple[StudyLayout, str, str]):
     assert "Winner: trial" in said
     rows = read_model(study.results.all_trials, AllTrials).trials
     assert sorted(row.trial for row in rows) == [1, 2, 3]
+
+
+def test_the_report_tells_of_these_trials(finished: tuple[StudyLayout, str, str]):
+    study, said, _ = finished
+    rows = {row.trial: row for row in read_model(study.results.all_trials, AllTrials).trials}
+    best = read_model(study.results.best_parameters, BestParameters)
+    assert f"Winner: trial {best.trial}, {best.objective} {best.value:.4f}" in said
+    assert best.value == min(row.value for row in rows.values() if row.value is not None and row.feasible is not False)
+    assert (best.parameters, best.epoch) == (rows[best.trial].parameters, EPOCHS)
+    weights = read_checkpoint(study.root / str(best.checkpoint), study.trial(best.trial).folder)
+    assert weights.sha256 == best.checkpoint_sha256
+    for plot in (study.results.optimization_history, study.results.param_importances):
+        with Image.open(plot) as picture:
+            assert min(picture.size) > 100
+            assert picture.convert("L").getextrema()[0] < 255, "nothing is drawn"
+    for trial in study.list_trials():
+        metrics = read_model(trial.final_evaluation.metrics, Metrics)
+        assert metrics.checkpoint == trial.output_name
+        score = metrics.scores[best.objective].value
+        assert score == rows[trial.number or 0].value
+        assert f"{score:.4f}" in trial.final_evaluation.text_summary.read_text()
+        assert [(trial.final_evaluation.folder / Path(one.file).name).is_file() for one in metrics.samples] == [
+            True
+        ] * 2
 
 
 def test_an_intermediate_and_the_final_checkpoint_of_each_trial_are_scored(finished: tuple[StudyLayout, str, str]):

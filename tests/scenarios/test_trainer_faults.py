@@ -40,8 +40,9 @@ FAULTS = {
         r"step 3/12 of epoch 1; .*3/12 \["),
     4: ("not_installed", r"exit status 127: 'no-such-trainer' cannot be started: command not found; install the "
         r"program, or correct --trainer or its paths; it ended before its first step; .*supervise: 'no-such-trainer'"),
-    5: ("nan_and_goes_on", r"diverged: the loss was nan for \d+ steps; lower the learning rates, or train with "
-        r"mixed_precision bf16 or no; it ended at step \d+/12 of epoch \d+; .*avr_loss=nan"),
+    5: ("nan_and_goes_on", r"diverged: the loss it shows is nan since step \d+, for \d+ steps now; .*lower the "
+        r"learning rates, or train with mixed_precision bf16 or no; it ended at step \d+/12 of "
+        r"epoch \d+; .*avr_loss=nan"),
     6: ("hangs_and_ignores_sigterm", r"hung: no progress line for 600 s; see whether the GPU, .*; it did not heed "
         r"SIGTERM and was killed; it ended at step 4/12 of epoch 1; .*: .*waiting for the GPU \| waiting for the GPU$"),
     7: ("floods_the_log", r"the training crashed with ValueError: too much to say \(exit status 1\); .*; it ended "
