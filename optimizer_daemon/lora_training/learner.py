@@ -149,6 +149,10 @@ class Learner:
         if self._config.scale_weight_norms:
             self.network.limit(self._config.scale_weight_norms)
 
+    def lay_out_weights(self, memory_format: torch.memory_format) -> None:
+        """Change the memory format of the UNet's convolutions; a copy is made where they have another."""
+        self._unet.to(memory_format=memory_format)
+
     def save_memory(self) -> None:
         """Compute activations twice from now on: gradient checkpointing."""
         self.saves_memory = True

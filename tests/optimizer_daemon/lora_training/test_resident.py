@@ -80,9 +80,12 @@ def test_a_file_is_hashed_once_and_again_when_it_has_changed(tmp_path):
     assert model_hashes(file)["ss_new_sd_model_hash"] == hashlib.sha256(b"three").hexdigest()
 
 
-@pytest.mark.parametrize(("threads", "size", "used"), [(1, 64, False), (2, 64, True), (1, 264, True)])
-def test_one_thread_trains_small_pictures_without_onednn_and_leaves_it_as_it_was(
-    tmp_path, base_model, latent_cache, monkeypatch, threads, size, used
+@pytest.mark.parametrize(
+    ("threads", "size", "used", "channels_last"),
+    [(1, 64, False, True), (1, 192, False, False), (2, 192, True, True), (1, 264, True, True)],
+)
+def test_one_thread_convolves_small_pictures_as_is_quickest_and_leaves_onednn_as_it_was(
+    tmp_path, base_model, latent_cache, monkeypatch, threads, size, used, channels_last
 ):
     workshop = Workshop(tmp_path, base_model, latent_cache)
     workshop.dataset(dataset=f"resolution = {size}\nbatch_size = 2")
@@ -90,12 +93,13 @@ def test_one_thread_trains_small_pictures_without_onednn_and_leaves_it_as_it_was
     update = Learner.update
 
     def watched(learner):
-        seen.append(torch.backends.mkldnn.enabled)
+        weights = learner._unet.conv_in.weight
+        seen.append((torch.backends.mkldnn.enabled, weights.is_contiguous(memory_format=torch.channels_last)))
         update(learner)
 
     monkeypatch.setattr(Learner, "update", watched)
     workshop.train(threads=threads, max_train_epochs=1)
-    assert set(seen) == {used}
+    assert set(seen) == {(used, channels_last)}
     assert torch.backends.mkldnn.enabled
 
 
