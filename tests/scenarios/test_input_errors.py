@@ -81,8 +81,8 @@ def made(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory, made, request) -> Callable[[Case], Outcome]:
     """Run the cases that were selected, a few at a time."""
-    wanted = {item.callspec.params["case"].sentence for item in request.session.items if hasattr(item, "callspec")
-              and "case" in item.callspec.params}  # fmt: skip
+    called = [item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")]
+    wanted = {case.sentence for case in called if isinstance(case, Case)}  # other tests have cases of their own
     chosen = [case for case in CASES if case.sentence in wanted]
     with ThreadPoolExecutor(AT_ONCE) as threads:
         found = threads.map(lambda case: run_case(case, tmp_path_factory.mktemp("world"), made), chosen)
