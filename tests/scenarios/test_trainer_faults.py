@@ -245,7 +245,7 @@ def test_the_native_trainer_ends_a_training_whose_loss_is_no_number(tmp_path: Pa
         # The daemon counts along, and comes first where the training's last steps are quick.
         itself = r"the loss was nan for 20 steps in a row, last at step 2\d of epoch 4"
         assert re.match(
-            rf"({itself}|diverged: .*nan.*); lower the learning rates, or train with mixed_precision bf16 or no; it ended ",
+            rf"({itself}|diverged: .*nan.*); lower the learning rates, or train with mixed_precision bf16 or no; it ",
             state.reason or "",
         ), state.reason
         assert lab.study.trial(1).list_checkpoints() == []
