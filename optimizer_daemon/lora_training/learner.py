@@ -179,6 +179,7 @@ class Learner:
             lr_scheduler=self._lr_scheduler.state_dict(),
             scaler=self._scaler.state_dict(),
             losses=tuple(losses),
+            saves_memory=self.saves_memory,
             identity=identity,
         )
 
@@ -188,6 +189,8 @@ class Learner:
         self._optimizer.load_state_dict(dict(state.optimizer))
         self._lr_scheduler.load_state_dict(dict(state.lr_scheduler))
         self._scaler.load_state_dict(dict(state.scaler))
+        if state.saves_memory and self._config.gradient_checkpointing == "auto" and not self.saves_memory:
+            self.save_memory()
         state.randomness.restore(self.hardware.device)
 
 

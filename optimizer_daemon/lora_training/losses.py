@@ -84,7 +84,7 @@ def add_coarse_noise(noise: Tensor, iterations: int, discount: float, draw_ratio
     """Return the noise x with noise of lower and lower resolution added, at a standard deviation of 1.
 
     Args:
-        iterations: how many are added, fewer where one has a side of one pixel each way.
+        iterations: how many are added, fewer where one has a side of one pixel.
         discount: the i-th counts discount**i, from 0.
         draw_ratio: the i-th is smaller by this to the power of i, drawn anew for each.
     Source: J. Whitaker, "Multi-Resolution Noise for Diffusion Model Training", 2023, as sd-scripts applies it.
@@ -95,7 +95,7 @@ def add_coarse_noise(noise: Tensor, iterations: int, discount: float, draw_ratio
         size = max(1, int(rows / ratio)), max(1, int(columns / ratio))
         coarse = torch.randn((*noise.shape[:2], *size)).to(noise.device)
         noise = noise + functional.interpolate(coarse, (rows, columns), mode="bilinear") * discount**level
-        if size == (1, 1):
+        if 1 in size:
             break
     return noise / noise.std()
 

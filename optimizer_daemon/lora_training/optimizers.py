@@ -65,11 +65,16 @@ class TorchOptimizer:
         if leave is None or come_back is None:
             yield
             return
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        trained = [weight.detach().clone() for weight in weights]
         leave()
         try:
             yield
         finally:
             come_back()
+            with torch.no_grad():  # it rounds, so its own way back ends beside the weights it left
+                for weight, before in zip(weights, trained, strict=True):
+                    weight.copy_(before)
 
 
 def create_optimizer(config: TrainConfig, network: LoraNetwork) -> TorchOptimizer:

@@ -31,11 +31,13 @@ class Position:
         epoch: the epoch under way, counted from 1.
         step_in_epoch: its optimizer steps done.
         step: all optimizer steps done.
+        validated: so is the validation that may be due after this step.
     """
 
     epoch: int = 1
     step_in_epoch: int = 0
     step: int = 0
+    validated: bool = True
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class TrainingState:
         randomness: the generators at that moment.
         network, optimizer, lr_scheduler, scaler: state dicts.
         losses: of the last batches, by their place in an epoch, for the mean on display.
+        saves_memory: gradient checkpointing was on.
         identity: the settings and the data that decide the weights.
     """
 
@@ -74,6 +77,7 @@ class TrainingState:
     lr_scheduler: Mapping[str, Any]
     scaler: Mapping[str, Any]
     losses: tuple[float, ...]
+    saves_memory: bool = False
     identity: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -94,6 +98,7 @@ def save_state(folder: Path, state: TrainingState) -> None:
             "lr_scheduler": dict(state.lr_scheduler),
             "scaler": dict(state.scaler),
             "losses": list(state.losses),
+            "saves_memory": state.saves_memory,
             "identity": dict(state.identity),
         },
         content,
@@ -128,6 +133,7 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> TrainingState | Non
             lr_scheduler=saved["lr_scheduler"],
             scaler=saved["scaler"],
             losses=tuple(saved["losses"]),
+            saves_memory=saved["saves_memory"],
             identity=saved["identity"],
         )
     except FileNotFoundError:
@@ -135,7 +141,9 @@ def load_state(folder: Path, identity: Mapping[str, Any]) -> TrainingState | Non
     except OSError as error:
         raise ResourceError(f"{path}: could not be read ({error.strerror}); check its permissions") from error
     except (RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        reason = f"no training state ({error}); remove it to train from the start"
+        # torch's own text would propose to load it without its guard
+        kind = "something is missing in it" if isinstance(error, (KeyError, TypeError)) else "cut short or overwritten"
+        reason = f"no training state ({kind}); remove it to train from the start"
         raise UnreadableFileError(path, reason) from error
     for name in sorted({*identity, *state.identity}):
         if identity.get(name) != state.identity.get(name):

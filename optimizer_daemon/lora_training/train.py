@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from optimizer_daemon.lora_training.dataset import Batch, TrainingData
 from optimizer_daemon.lora_training.families import ignored_settings
 from optimizer_daemon.lora_training.latents import default_cache_dir, load_latents
 from optimizer_daemon.lora_training.learner import Learner
-from optimizer_daemon.lora_training.memory import Memory, memory_that_ran_out, out_of_memory
+from optimizer_daemon.lora_training.memory import memory_that_ran_out, out_of_memory
 from optimizer_daemon.lora_training.metadata import Facts, training_metadata
 from optimizer_daemon.lora_training.models import Hardware, choose_hardware
 from optimizer_daemon.lora_training.reporting import Reporter
@@ -40,13 +40,8 @@ def train(config: TrainConfig, data: TrainingData, base: BaseModel, wish: StopWi
         ResourceError: memory or the GPU is missing, or the disk failed.
         UnreadableFileError, StudyMismatchError: there is a state that cannot be gone on from.
     """
-    try:
+    with _lack_explained(config, data, lambda: config.gradient_checkpointing is True):
         _train(config, data, base, wish)
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        memory = memory_that_ran_out(f"{type(error).__name__}: {error}")
-        if memory is None:
-            raise
-        raise ResourceError(_lack(memory, config, data)) from error
 
 
 def _train(config: TrainConfig, data: TrainingData, base: BaseModel, wish: StopWish) -> None:
@@ -71,7 +66,8 @@ def _train(config: TrainConfig, data: TrainingData, base: BaseModel, wish: StopW
         logging_dir=config.logging_dir,
         rate_names=learner.torch_optimizer.tags,
     )
-    with reporter, _quick_convolutions(learner, data):
+    explained = _lack_explained(config, data, lambda: learner.saves_memory)
+    with explained, reporter, _quick_convolutions(learner, data):
         validation = Validation.of(config, data, learner.timesteps)
         _Course(config, data, learner, reporter, identity, metadata, validation).run(start, steps_per_epoch, wish)
     reach("trainer.finished")
@@ -101,16 +97,16 @@ class _Course:
                 batches = self.data.epoch_batches(
                     config.seed, epoch, batches_per_step=every, epochs=config.max_train_epochs
                 )
+                position = self._validated(position, wish)  # where a stop came into it
                 for index in range(position.step_in_epoch, steps_per_epoch):
                     places = range(index * every, min((index + 1) * every, len(batches)))
                     losses = self._add_gradients([batches[place] for place in places], randomness, wish)
                     learner.update()
-                    position = Position(epoch, index + 1, position.step + 1)
+                    position = Position(epoch, index + 1, position.step + 1, validated=False)
                     randomness = Randomness.capture(device)
                     reporter.step(position.step, places, losses, learner.rates)
                     reach("trainer.step")
-                    if self.validation.is_due_after_step(position.step):
-                        reporter.validated("step", position.step, self.validation.loss(learner, wish.check))
+                    position = self._validated(position, wish)
                 # Before the epoch counts as done: a training that is stopped meanwhile comes back to its end.
                 if self.validation.is_due_after_epoch(epoch):
                     reporter.validated("epoch", epoch, self.validation.loss(learner, wish.check))
@@ -126,6 +122,12 @@ class _Course:
             self._save_state(position, randomness)
             print(f"\nstate saved after step {position.step}: {config.state_folder}", flush=True)
             raise
+
+    def _validated(self, position: Position, wish: StopWish) -> Position:
+        """Return the position with the validation done that is due after its step, where one is."""
+        if not position.validated and self.validation.is_due_after_step(position.step):
+            self.reporter.validated("step", position.step, self.validation.loss(self.learner, wish.check))
+        return replace(position, validated=True)
 
     def _add_gradients(self, batches: Sequence[Batch], before: Randomness, wish: StopWish) -> list[torch.Tensor]:
         """Return the losses of the batches of a step, still on their device; their gradients were added.
@@ -157,8 +159,9 @@ class _Course:
     def _save_weights(self, epoch: int, step: int) -> None:
         path, precision = checkpoint_path(self.config, epoch), self.config.save_precision
         self.reporter.saving(path)
+        metadata = {**self.metadata, "ss_gradient_checkpointing": str(self.learner.saves_memory)}
         with self.learner.torch_optimizer.settled():
-            save_checkpoint(path, self.learner.network, self.metadata, epoch=epoch, step=step, precision=precision)
+            save_checkpoint(path, self.learner.network, metadata, epoch=epoch, step=step, precision=precision)
         reach("trainer.checkpoint_saved")
 
     def _save_state(self, position: Position, randomness: Randomness) -> None:
@@ -244,11 +247,24 @@ def _introduce(config: TrainConfig, data: TrainingData, base: BaseModel, learner
         print(f"  warning: the warm-up of {warmup} steps is never over; lower lr_warmup_steps", flush=True)
 
 
-def _lack(memory: Memory, config: TrainConfig, data: TrainingData) -> str:
-    line = line_of_key(data.path, "batch_size")
-    return out_of_memory(
-        memory,
-        batch_size=f"batch_size in {data.path} (line {line})" if line else "train_batch_size to 1",
-        gradient_checkpointing=bool(config.gradient_checkpointing),  # "auto" had turned it on
-        network_dim=config.network_dim,
-    )
+@contextmanager
+def _lack_explained(config: TrainConfig, data: TrainingData, saves_memory: Callable[[], bool]) -> Iterator[None]:
+    """Turn running out of memory into one line with the remedies that are left.
+
+    Raises:
+        ResourceError: the memory ran out.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        memory = memory_that_ran_out(f"{type(error).__name__}: {error}")
+        if memory is None:
+            raise
+        line = line_of_key(data.path, "batch_size")
+        lack = out_of_memory(
+            memory,
+            batch_size=f"batch_size in {data.path} (line {line})" if line else "train_batch_size to 1",
+            gradient_checkpointing=saves_memory(),
+            network_dim=config.network_dim,
+        )
+        raise ResourceError(lack) from error

@@ -176,6 +176,7 @@ def _of_study(run: Run, trial: TrialLayout) -> dict[str, Any]:
         "logging_dir": str(trial.tensorboard),
         "state_dir": str(trial.training_state),
         "resume": True,  # from the trial's own state, where an interrupted attempt has left one
+        "validation_seed": run.settings.get("seed"),  # the same pictures validate all trials, whatever their own seeds
         "save_every_n_epochs": run.settings.get("save-every-n-epochs") or 2,
         "clip_skip": clip_skip if clip_skip > 1 else None,
         "gradient_checkpointing": "auto",  # a share of the speed is paid only where the memory asks for it

@@ -89,6 +89,9 @@ OBJECTIVES = [
     },
     {"min_snr_gamma": 2.0, "v_pred_like_loss": 0.5, "debiased_estimation_loss": True, "min_timestep": 1},
 ]
+SQUARE, NARROW = (8, 8), (4, 16)
+OF_NARROW = [{"multires_noise_iterations": 5}, {"multires_noise_iterations": 5, "noise_offset": 0.2}]
+"""Objectives whose latents are no square."""
 NETWORKS = [
     {},
     {"network_dim": 2, "network_alpha": 8.0, "network_dropout": 0.5},
@@ -170,27 +173,27 @@ def objectives() -> list[dict]:
             return 0.7 * noisy_latents + 0.2 * torch.cos(places * 0.1)
 
     accelerator = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext)
-    latents = torch.sin(torch.arange(3 * 4 * 8 * 8).reshape(3, 4, 8, 8) * 0.37) / 0.18215
     batch = {
-        "latents": latents,
         "text_encoder_outputs_list": [torch.zeros(3, 1)],
         "loss_weights": torch.tensor(SAMPLE_WEIGHTS),
     }
     found = []
-    for settings in OBJECTIVES:
+    for settings, size in [*((each, SQUARE) for each in OBJECTIVES), *((each, NARROW) for each in OF_NARROW)]:
+        latents = torch.sin(torch.arange(3 * 4 * 64).reshape(3, 4, *size) * 0.37) / 0.18215
         args = arguments(settings)
         trainer = Trainer()
         scheduler = trainer.get_noise_scheduler(args, accelerator.device)
         random.seed(SEED)
         torch.manual_seed(SEED)
         loss = trainer.process_batch(
-            batch, [], None, None, None, scheduler, None, None, accelerator, args, None, None,
+            {**batch, "latents": latents}, [], None, None, None, scheduler, None, None, accelerator, args, None, None,
             train_text_encoder=False,
         )  # fmt: skip
         noisy, times = trainer.seen
         found.append(
             {
                 "settings": settings,
+                "size": size,
                 "timesteps": times.tolist(),
                 "noisy": noisy.flatten()[::37].tolist(),
                 "loss": loss.item(),

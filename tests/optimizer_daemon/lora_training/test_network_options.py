@@ -12,9 +12,9 @@ from optimizer_daemon.lora_training.learner import Learner
 from optimizer_daemon.lora_training.lora import LoraNetwork
 from optimizer_daemon.lora_training.network_settings import NetworkArgs
 from optimizer_daemon.lora_training.start_weights import load_start_weights
-from shared.errors import ResourceError, SettingsError
+from shared.errors import ResourceError, SettingsError, Stopped
 from tests.data.sd_scripts.toy_networks import fill, toys
-from tests.optimizer_daemon.lora_training.workshop import Workshop, header_of
+from tests.optimizer_daemon.lora_training.workshop import StopAt, Workshop, header_of
 
 
 def test_convolutions_get_their_own_rank_and_are_limited_like_the_rest(workshop: Workshop):
@@ -133,6 +133,18 @@ def test_checkpointing_by_itself_begins_when_the_memory_ends_and_changes_nothing
     workshop.train(**settings)
     for name, tensor in workshop.weights().items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.usefixtures("tight")
+def test_checkpoints_say_whether_it_was_on_and_a_resumed_training_keeps_it(workshop: Workshop, monkeypatch):
+    settings = {"max_train_epochs": 3, "save_every_n_epochs": 1, "gradient_checkpointing": "auto"}
+    with pytest.raises(Stopped):
+        workshop.train(StopAt(6), **settings)  # on since the third batch, which is seen twice
+    monkeypatch.undo()
+    workshop.train(resume=True, **settings)
+    said = [header_of(workshop.out / name)[1]["ss_gradient_checkpointing"] for name in workshop.checkpoints]
+    assert workshop.checkpoints == ["lora-000001.safetensors", "lora-000002.safetensors", "lora.safetensors"]
+    assert said == ["False", "True", "True"]
 
 
 @pytest.mark.usefixtures("tight")

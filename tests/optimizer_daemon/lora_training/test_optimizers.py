@@ -116,7 +116,7 @@ def test_a_rate_that_the_optimizer_finds_is_shown():
 
 
 class AveragingScheduleFree(torch.optim.SGD):
-    """Ends with the mean of all weights it has had, as schedule-free optimizers do."""
+    """Ends with the mean of all weights it has had; goes there and back by lerp_, as schedule-free optimizers do."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -131,22 +131,19 @@ class AveragingScheduleFree(torch.optim.SGD):
                 count = state["count"] = state.get("count", 0) + 1
                 mean = state.get("mean", weight.detach())
                 state["mean"] = mean + (weight.detach() - mean) / count
+                state["middle"] = (weight.detach() + state["mean"]) / 2
 
     def train(self) -> None:
-        self.trains = True
-        self._put("last")
+        self._cross(trains=True)
 
     def eval(self) -> None:
-        self.trains = False
-        for group in self.param_groups:
-            for weight in group["params"]:
-                self.state[weight]["last"] = weight.detach().clone()
-        self._put("mean")
+        self._cross(trains=False)
 
-    def _put(self, which: str) -> None:
-        for weight, state in self.state.items():
-            if which in state:
-                weight.data.copy_(state[which])
+    def _cross(self, trains: bool) -> None:
+        if trains != self.trains:
+            for weight, state in self.state.items():
+                weight.data.lerp_(state["middle"], 2.0)
+        self.trains = trains
 
 
 def test_a_schedule_free_optimizer_is_saved_with_the_weights_it_ends_with(workshop: Workshop):

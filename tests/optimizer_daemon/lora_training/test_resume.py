@@ -147,14 +147,19 @@ def test_a_state_of_other_images_is_refused(workshop: Workshop):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda b: b[:-100], lambda b: b"PK" + b[2:500], lambda b: b""], ids=["cut", "torn", "empty"]
+    "damage",
+    [lambda b: b[:-100], lambda b: b"PK" + b[2:500], lambda b: b"", lambda b: b"not an archive"],
+    ids=["cut", "torn", "empty", "something else"],
 )
 def test_a_damaged_state_is_no_start_from_zero_in_disguise(workshop: Workshop, damage):
     with pytest.raises(Stopped):
         workshop.train(StopAt(2))
     workshop.state_file.write_bytes(damage(workshop.state_file.read_bytes()))
-    with pytest.raises(UnreadableFileError, match="no training state"):
+    with pytest.raises(
+        UnreadableFileError, match=r"no training state \(cut short or overwritten\); remove it to"
+    ) as raised:
         workshop.train(resume=True)
+    assert "weights_only" not in str(raised.value)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])

@@ -56,7 +56,7 @@ def test_the_noise_and_the_loss_are_those_of_sd_scripts(case):
     objective = Objective(settings, alphas, predicts_velocity=velocity, device=torch.device("cpu"))
     ratios = random.Random(7)  # sd-scripts asks Python's generator for these
     objective.draw_ratio = lambda: ratios.random() * 2 + 2
-    clean = torch.sin(torch.arange(3 * 4 * 8 * 8).reshape(3, 4, 8, 8) * 0.37)
+    clean = torch.sin(torch.arange(3 * 4 * 64).reshape(3, 4, *case["size"]) * 0.37)
     torch.manual_seed(7)
     question = objective.ask(clean)
     predicted = 0.7 * question.noisy + 0.2 * torch.cos(torch.arange(clean.numel()).reshape(clean.shape) * 0.1)

@@ -147,6 +147,11 @@ def test_weights_that_no_checkpoint_can_hold_are_not_saved(workshop: Workshop):
             r"true, use a smaller network_dim than 8, or pass --gpu-policy defer",
         ),
         (
+            "OutOfGpuMemory",
+            {"gradient_checkpointing": "auto"},
+            r"out of memory on the GPU: lower batch_size in .*, set gradient_checkpointing = true, use a smaller",
+        ),
+        (
             "OutOfHostMemory",
             {"gradient_checkpointing": True},
             r"out of memory on the host: lower batch_size in .*dataset\.toml \(line 7\), use a smaller "

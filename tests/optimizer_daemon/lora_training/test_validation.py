@@ -13,6 +13,7 @@ from shared.errors import Stopped
 from shared.progress_bar import Progress, parse_preparation
 from tests.optimizer_daemon.lora_training.pictures import write_images
 from tests.optimizer_daemon.lora_training.reference import frozen_latent
+from tests.optimizer_daemon.lora_training.test_optimizers import AveragingScheduleFree
 from tests.optimizer_daemon.lora_training.workshop import StopAt, Workshop, header_of
 
 AVERAGE, DIVERGENCE = "loss/validation/epoch_average", "loss/validation/epoch_divergence"
@@ -105,6 +106,34 @@ def test_a_training_stopped_while_it_validates_goes_on_as_if_it_had_not_been(hel
     for name, weights in whole.items():
         assert all(torch.equal(tensor, weights[key]) for key, tensor in held.weights(name).items()), name
     assert list(held.scalars()[AVERAGE]) == [1, 2]
+
+
+def test_validations_and_saves_leave_no_trace_in_a_schedule_free_training(held: Workshop):
+    """Its way to the weights that are the result, and back, rounds."""
+    kind = f"{AveragingScheduleFree.__module__}.AveragingScheduleFree"
+    settings = {"max_train_epochs": 3, "save_precision": "float", "optimizer_type": kind, "learning_rate": 0.5}
+    often = {**settings, "save_every_n_epochs": 1, "validate_every_n_steps": 1}
+    held.train(**often)
+    watched = held.weights()
+    in_the_second_validation = 4
+    with pytest.raises(Stopped):
+        held.train(StopAt(in_the_second_validation), **often)
+    held.train(resume=True, **often)
+    resumed = held.weights()
+    held.dataset()
+    held.train(**settings)
+    for name, tensor in held.weights().items():
+        assert torch.equal(tensor, watched[name]) and torch.equal(tensor, resumed[name]), name
+
+
+def test_a_validation_by_steps_that_a_stop_cuts_off_is_made_up_for_once(held: Workshop, capsys):
+    settings = {"max_train_epochs": 2, "validate_every_n_steps": 1}
+    for check in (2, 2):  # in the validation after step 1, then, that being done, before step 2
+        with pytest.raises(Stopped):
+            held.train(StopAt(check), resume=True, **settings)
+    held.train(resume=True, **settings)
+    assert list(held.scalars()["loss/validation/step_average"]) == [1, 2, 3, 4]
+    assert capsys.readouterr().out.count("validation loss after step 1: ") == 1
 
 
 def test_a_split_leaves_the_rest_to_train_on_and_says_what_is_in_both(workshop: Workshop, capsys):

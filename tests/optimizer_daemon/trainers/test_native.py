@@ -94,6 +94,17 @@ def test_equal_arguments_give_equal_plans_that_nobody_can_change(run: Run):
         plan.cwd = Path()
 
 
+def test_the_same_pictures_validate_whatever_the_seed_of_the_training(run: Run):
+    """A finalist repeats a trial with a seed of its own, so its validation loss must be on the same pictures."""
+    run = run.model_copy(update={"settings": {**run.settings, "seed": 7}})
+    plans = [plan_of(run, params(training_seed=seed)).files["train_config.toml"] for seed in (7, 1000)]
+    found = [tomllib.loads(text) for text in plans]
+    assert [(each["seed"], each["validation_seed"]) for each in found] == [(7, 7), (1000, 7)]
+    trainer = run.trainer.model_copy(update={"options": {"validation_seed": 3}})
+    asked = plan_of(run.model_copy(update={"trainer": trainer})).files["train_config.toml"]
+    assert tomllib.loads(asked)["validation_seed"] == 3
+
+
 def test_a_gpu_slot_is_all_the_training_sees(run: Run):
     assert plan_of(run, gpu="GPU-7f").env["CUDA_VISIBLE_DEVICES"] == "GPU-7f"
     assert "CUDA_VISIBLE_DEVICES" not in plan_of(run).env
