@@ -126,6 +126,17 @@ class TrainConfig(ObjectiveSettings, RateSettings, NetworkSettings, DatasetSetti
             )
         return self
 
+    def require_precision(self, device: str) -> None:
+        """Refuse half precision on a CPU.
+
+        Args:
+            device: "cpu", "cuda" or "cuda:N".
+        Raises:
+            UserError: it is asked for.
+        """
+        if device == "cpu" and self.mixed_precision in ("fp16", "bf16"):
+            raise UserError(f"mixed_precision: {self.mixed_precision!r} needs a GPU; use 'auto' or 'no' on a CPU")
+
     @property
     def trains_unet(self) -> bool:
         return self.effective_unet_lr > 0 and not self.network_train_text_encoder_only

@@ -241,16 +241,25 @@ def load_data(
     return TrainingData(path, training, validation)
 
 
-def check_data(path: Path, *, multiple_of: int, command: Mapping[str, Any] | None = None) -> None:
-    """Read a data set as a training does and decode every picture, as far as it takes to find a damaged file.
+def check_data(
+    path: Path, *, multiple_of: int, commands: Sequence[tuple[int, Mapping[str, Any]]] = ((1, {}),)
+) -> list[int]:
+    """Read a data set as trainings do and decode every picture, as far as it takes to find a damaged file.
 
     10,000 pictures of a megapixel take half a minute on two cores as JPEG or PNG, more than a minute as WebP.
 
+    Args:
+        path: the dataset TOML.
+        multiple_of: as in `load_data`.
+        commands: batch size and further keys of each training.
+    Returns:
+        Batches per epoch of each.
     Raises:
         UserError: as `load_data`, or a picture is damaged.
     """
-    data = load_data(path, batch_size=1, multiple_of=multiple_of, command=command)
-    check_pictures(image.path for image in data.images + data.validation_images)
+    found = [load_data(path, batch_size=size, multiple_of=multiple_of, command=keys) for size, keys in commands]
+    check_pictures(image.path for data in found for image in data.images + data.validation_images)
+    return [data.batches_per_epoch for data in found]
 
 
 def check_pictures(files: Iterable[Path]) -> None:

@@ -63,8 +63,7 @@ def choose_hardware(config: TrainConfig) -> Hardware:
         raise ResourceError(f"device {config.device!r}: torch {torch.__version__} sees no CUDA GPU; use device = 'cpu'")
     precision = config.mixed_precision
     if device.type == "cpu":
-        if precision in ("fp16", "bf16"):
-            raise UserError(f"mixed_precision: {precision!r} needs a GPU; use 'auto' or 'no' on a CPU")
+        config.require_precision(device.type)
         return Hardware(device, torch.float32)
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

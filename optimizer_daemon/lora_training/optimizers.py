@@ -6,15 +6,14 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.optimization import Adafactor
 
 from optimizer_daemon.lora_training.config import TrainConfig
-from optimizer_daemon.lora_training.lora import LoraNetwork
 from optimizer_daemon.lora_training.optimizer_names import NAMED, class_path, has_one_rate
 from shared.errors import SettingsError
 
@@ -25,6 +24,18 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "sgdnesterov": {"momentum": 0.9, "nesterov": True},
     "sgdnesterov8bit": {"momentum": 0.9, "nesterov": True},
 }
+
+
+class TrainedLayers(Protocol):
+    """What an optimizer asks of a LoraNetwork: the names of the layers and their weights."""
+
+    @property
+    def encoder_names(self) -> Sequence[list[str]]: ...
+    @property
+    def text_encoder_names(self) -> list[str]: ...
+    @property
+    def unet_names(self) -> list[str]: ...
+    def parameters_of(self, names: list[str], ending: str = "") -> list[nn.Parameter]: ...
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,7 @@ class TorchOptimizer:
                     weight.copy_(before)
 
 
-def create_optimizer(config: TrainConfig, network: LoraNetwork) -> TorchOptimizer:
+def create_optimizer(config: TrainConfig, network: TrainedLayers) -> TorchOptimizer:
     """Return the optimizer `optimizer_type` names.
 
     Raises:
@@ -109,7 +120,7 @@ def create_optimizer(config: TrainConfig, network: LoraNetwork) -> TorchOptimize
     return TorchOptimizer(optimizer, labels, f"{name}({shown})" if shown else name, finds_rate)
 
 
-def _groups(config: TrainConfig, network: LoraNetwork) -> list[tuple[str, dict[str, Any]]]:
+def _groups(config: TrainConfig, network: TrainedLayers) -> list[tuple[str, dict[str, Any]]]:
     """Return kohya's names of the groups, each with weights and rate; with LoRA+ the up matrices are apart."""
     rates, args = config.text_encoder_rates, config.network_args
     if len(rates) == 1:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,13 @@ from optimizer_daemon.lora_training.optimizer_names import require_optimizer
 from optimizer_daemon.lora_training.toml_file import closest
 from optimizer_daemon.trainers.base import LaunchPlan, ResumePoint, TrainerInput
 from optimizer_daemon.trainers.diagnosis import explain
+from optimizer_daemon.trainers.native_checks import require_optimizers, require_possible
 from shared.errors import SettingsError, UserError
 from shared.layout import TrialLayout
 from shared.model_folders import require_base_model
 from shared.preloaded import Preload
 from shared.progress_bar import Progress, parse_bar, parse_preparation
-from shared.schemas import Run, TrainerExit, TrialParams
+from shared.schemas import Run, Trainer, TrainerExit, TrialParams
 from shared.strict_json import first_fault
 
 TRAIN_CONFIG = "train_config.toml"
@@ -55,7 +58,8 @@ class NativeTrainer:
     holds_out = True  # by their SHA-256, in train_config.toml
 
     def check_input(self, given: TrainerInput) -> str:
-        """See that the base model is one to train and whole, and that every picture decodes and has its caption.
+        """See that the base model is one to train and whole, that every picture decodes and has its caption, and that
+        each choice of the search space can be trained on them.
 
         Returns:
             This program's version.
@@ -69,7 +73,22 @@ class NativeTrainer:
         require_encoder_rates(options.get("text_encoder_lr"), base, setting="[trainer.native] text_encoder_lr")
         # By name: only this check needs the imaging library, the plans do not.
         dataset: Any = importlib.import_module("optimizer_daemon.lora_training.dataset")
-        dataset.check_data(given.dataset_config, multiple_of=base.vae_factor, command=of_options(options))
+        configs = configs_of(given)
+        for config in configs:
+            require_possible(config, base)
+        commands = [_command(config) for config in configs] or [(1, of_options(options))]
+        distinct = {repr(command): command for command in commands}
+        found = dataset.check_data(given.dataset_config, multiple_of=base.vae_factor, commands=list(distinct.values()))
+        batches = dict(zip(distinct, found, strict=True))
+        python = given.trainer.python or sys.executable
+        trainings = [
+            (
+                config,
+                -(-batches[repr(_command(config))] // config.gradient_accumulation_steps) * config.max_train_epochs,
+            )
+            for config in configs
+        ]
+        require_optimizers(trainings, python, _SOURCE_ROOT, os.environ | _environment(threads=1))
         return metadata.version("lora-tuner")
 
     def clip_skip(self, given: TrainerInput) -> int:
@@ -97,19 +116,11 @@ class NativeTrainer:
         """
         folder = trial.folder.absolute()
         trial = TrialLayout(folder)
-        values = _of_study(run, trial) | _of_options(run)
+        values = _of_study(run, trial)
         if gpu:
             values["device"] = "cuda"  # the only card it sees
-        for name, value in _of_trial(params).items():
-            # What a space draws is added to a table of the study's, setting by setting.
-            both = name in ARGUMENT_TABLES and isinstance(values.get(name), dict)
-            values[name] = {**values[name], **value} if both else value
-        try:
-            config = TrainConfig.model_validate(values)
-            require_optimizer(config.optimizer_type)
-        except ValidationError as error:
-            raise UserError(f"trial parameters: {first_fault(error, values)}; correct the search space") from error
-        env = _environment(run)
+        config = _config(values, run.trainer, params)
+        env = _environment(run.threads_per_process)
         if gpu is not None:
             env["CUDA_VISIBLE_DEVICES"] = gpu
         python = run.trainer.python or sys.executable
@@ -124,7 +135,7 @@ class NativeTrainer:
         """Return the imports and the frozen networks, which take longer than all else before the first step."""
         if run.trainer.python is not None or run.base_model is None:
             return None
-        return preload_of(Path(run.base_model).absolute(), _environment(run))
+        return preload_of(Path(run.base_model).absolute(), _environment(run.threads_per_process))
 
     def resume_point(self, trial: TrialLayout) -> ResumePoint | None:
         """Return the state, which is one file and whole or absent."""
@@ -151,13 +162,12 @@ def preload_of(base_model: Path, env: Mapping[str, str]) -> Preload:
     return Preload(("optimizer_daemon.lora_training.train",), env, _SOURCE_ROOT, call)
 
 
-def _environment(run: Run) -> dict[str, str]:
-    threads = str(run.threads_per_process)
+def _environment(threads: int) -> dict[str, str]:
     return {
         "PYTHONUNBUFFERED": "1",
         "COLUMNS": "240",
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
     }
 
@@ -185,14 +195,54 @@ def _of_study(run: Run, trial: TrialLayout) -> dict[str, Any]:
     }
 
 
-def _of_options(run: Run) -> dict[str, Any]:
+def _config(of_study: Mapping[str, Any], trainer: Trainer, params: TrialParams) -> TrainConfig:
+    """Return what a trial trains with.
+
+    Raises:
+        UserError: a parameter or an option is no setting, or has a value that cannot be used.
+    """
+    values = {**of_study, **_of_options(trainer)}
+    for name, value in _of_trial(params).items():
+        # What a space draws is added to a table of the study's, setting by setting.
+        both = name in ARGUMENT_TABLES and isinstance(values.get(name), dict)
+        values[name] = {**values[name], **value} if both else value
+    try:
+        config = TrainConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"trial parameters: {first_fault(error, values)}; correct the search space") from error
+    require_optimizer(config.optimizer_type)
+    return config
+
+
+def configs_of(given: TrainerInput) -> list[TrainConfig]:
+    """Return what the trials would train with; those that the plan refuses, with its own words, are left out."""
+    of_study = {
+        "pretrained_model_name_or_path": str(given.base_model),
+        "dataset_config": str(given.dataset_config),
+        "output_dir": ".",
+        "output_name": "lora",
+        "device": given.device,
+    }
+    found = []
+    for params in given.trials:
+        with suppress(UserError):
+            found.append(_config(of_study, given.trainer, params))
+    return found
+
+
+def _command(config: TrainConfig) -> tuple[int, dict[str, Any]]:
+    """What a training says of data sets that say nothing themselves: the batch size and further keys."""
+    return config.train_batch_size, config.of_datasets
+
+
+def _of_options(trainer: Trainer) -> dict[str, Any]:
     """What the study file's [trainer.native] table says, for every trial."""
-    for name in run.trainer.options:
+    for name in trainer.options:
         if name in _OWN or name not in TrainConfig.model_fields:
             why = "the study itself decides it" if name in _OWN else "the native trainer has no such setting"
             known = set(TrainConfig.model_fields) - _OWN
             raise UserError(f"[trainer.native] {name}: {why}{closest(name, known)}; take it out")
-    return run.trainer.options
+    return trainer.options
 
 
 def _of_trial(params: TrialParams) -> dict[str, Any]:

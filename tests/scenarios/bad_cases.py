@@ -455,6 +455,29 @@ SPACES = [
         edited("space", OPTIMIZER, 'choices = ["AdamW", "Lion", "AdamX"]'),
     ),
     Case(
+        "space: a module without that optimizer among the choices",
+        (
+            "optimizer_type: 'torch.optim.Nope' will not do; torch.optim.Nope is no torch optimizer",
+            "correct the search",
+        ),
+        edited("space", OPTIMIZER, 'choices = ["AdamW", "torch.optim.Nope"]'),
+    ),
+    Case(
+        "space: half precision on a CPU",
+        ("trial parameters: mixed_precision: 'fp16' needs a GPU; use 'auto' or 'no' on a CPU", "[trainer.native]"),
+        native('mixed_precision = "fp16"'),
+    ),
+    Case(
+        "space: velocity's noise schedule for a base model of the other kind",
+        ("zero_terminal_snr: True will not do; it is for velocity prediction (v_parameterization); take it out",),
+        native("zero_terminal_snr = true"),
+    ),
+    Case(
+        "space: a LoRA to begin with that is not there",
+        ("network_weights: '/nowhere/a.safetensors' will not do; it could not be read", "correct the path"),
+        native('network_weights = "/nowhere/a.safetensors"'),
+    ),
+    Case(
         "space: an optimizer whose package is missing",
         ("'no_package.Adam' will not do", "install its package"),
         edited("space", OPTIMIZER, 'choices = ["AdamW", "no_package.Adam"]'),
