@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from optimizer_daemon.trainers.native import preload_of
+from shared.devices import gpu_uuid
 from shared.preloaded import Preloaded
 from shared.supervised import start_supervised
 from tests.optimizer_daemon.lora_training.tiny_model import save_tiny_model
@@ -47,7 +48,7 @@ def test_a_forked_training_computes_on_the_card_and_gives_its_memory_back(tmp_pa
         [sys.executable, "-m", "optimizer_daemon.lora_training", "--config", str(config)],
         directory=tmp_path,
         cwd=ROOT,
-        env=dict(os.environ),
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu_uuid("cuda"))},  # as the runner starts it
         preloaded=server,
     )
     assert training.wait(240)
