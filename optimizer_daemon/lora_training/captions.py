@@ -62,6 +62,16 @@ def read_caption(image: Path, subset: Subset) -> str:
     return "\n".join(filter(None, lines)) if subset.enable_wildcard else lines[0]
 
 
+def varies(subset: Subset) -> bool:
+    """Whether the rules make ever new captions of one, so that hardly any comes twice."""
+    return (
+        subset.shuffle_caption
+        or subset.caption_tag_dropout_rate > 0
+        or subset.enable_wildcard
+        or subset.token_warmup_step > 0
+    )
+
+
 def drawn_caption(caption: str, subset: Subset, rng: random.Random, moment: Moment) -> str:
     """Return the caption of one draw.
 

@@ -36,10 +36,13 @@ _PATHS = (
     "latent_cache_dir",
     "network_weights",
 )
-# What a resumed training may do differently: none of these decides its weights.
+# What a resumed training may do differently: none of these decides its weights, but for rounding, in which other
+# devices and numbers of threads differ.
 _FREE_ON_RESUME = frozenset(
     {
-        "dataset_config",  # its content is compared instead
+        "pretrained_model_name_or_path",  # its content is compared instead
+        "network_weights",  # likewise
+        "dataset_config",  # likewise
         "held_out",  # so are the pictures that it leaves
         "output_dir",
         "output_name",
@@ -54,6 +57,7 @@ _FREE_ON_RESUME = frozenset(
         "max_validation_steps",
         "threads",
         "device",
+        "mixed_precision",  # what it comes to on the device is compared instead
         "gradient_checkpointing",  # computes the same a second time
     }
 )

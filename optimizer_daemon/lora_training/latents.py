@@ -7,9 +7,9 @@ The cache has one file per (VAE, image, size, flip):
 where <how> is the interpolation of an image that had to be resized.
 
 Digests are of contents, so an edited image or another VAE is another file, and trainings may share the folder and fill
-it at the same time: each file appears whole, and its content does not depend on who wrote it. Each carries a checksum:
-one that a disk or a hand has damaged is encoded again. What is frozen is one sample of the VAE's posterior, drawn with
-a seed taken from the file's own name.
+it at the same time: each file appears whole, and whoever writes it writes the same but for rounding, in which a GPU and
+a CPU differ. Each carries a checksum: one that a disk or a hand has damaged is encoded again. What is frozen is one
+sample of the VAE's posterior, drawn with a seed taken from the file's own name.
 """
 
 from __future__ import annotations
@@ -43,15 +43,17 @@ _SAY_EVERY_S = 1.0
 
 
 class Latents:
-    """Every training image as a scaled latent, on the training device.
+    """Every training image as a scaled latent, in the host's memory: a batch of them is small, all of them are not.
 
     Args:
         tensors: by `latent_name`, each (channels, height, width) in latent pixels.
+        device: where batches go.
         encoded: how many were not in the cache.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], encoded: int) -> None:
+    def __init__(self, tensors: dict[str, Tensor], device: torch.device, encoded: int) -> None:
         self._tensors = tensors
+        self._device = device
         self.encoded = encoded
 
     @property
@@ -60,8 +62,11 @@ class Latents:
         return len(self._tensors) - self.encoded
 
     def of(self, batch: Batch) -> Tensor:
-        """Return (batch, channels, height, width)."""
-        return torch.stack([self._tensors[latent_name(draw.image, flipped=draw.flipped)] for draw in batch])
+        """Return (batch, channels, height, width), on the training device."""
+        latents = torch.stack([self._tensors[latent_name(draw.image, flipped=draw.flipped)] for draw in batch])
+        if self._device.type == "cuda":  # a copy from pinned memory is waited for by nobody but its users
+            latents = latents.pin_memory()
+        return latents.to(self._device, non_blocking=True)
 
 
 def default_cache_dir() -> Path:
@@ -82,7 +87,7 @@ def load_latents(
     Args:
         images: the training images; with flip_aug each is encoded a second time, mirrored.
         base: the base model; its VAE's digest is part of the key.
-        hardware: where they go.
+        hardware: where the VAE runs, and where batches go.
         cache_dir: made when missing.
         check_stop: called between two images; may raise.
     Raises:
@@ -109,8 +114,8 @@ def load_latents(
                 if time.monotonic() - said_at >= _SAY_EVERY_S:  # who watches takes silence for a hang
                     print(f"encoding latents: {number}/{len(images)} images", flush=True)
                     said_at = time.monotonic()
-            tensors[name] = (latent * base.latent_scale).to(hardware.device)
-    return Latents(tensors, encoded)
+            tensors[name] = latent * base.latent_scale
+    return Latents(tensors, hardware.device, encoded)
 
 
 def latent_name(image: TrainingImage, *, flipped: bool) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from optimizer_daemon.lora_training.base_model import BaseModel
+from optimizer_daemon.lora_training.captions import varies
 from optimizer_daemon.lora_training.config import TrainConfig
 from optimizer_daemon.lora_training.dataset import Batch
 from optimizer_daemon.lora_training.latents import Latents
@@ -95,7 +96,7 @@ class Learner:
         times = None if timestep is None else torch.full((len(batch),), timestep, device=clean.device)
         question = self._objective.ask(clean, times)
         with self.hardware.autocast():
-            text = self._text.of([draw.caption for draw in batch])
+            text = self._text.of([draw.caption for draw in batch], [varies(draw.image.subset) for draw in batch])
             predicted = self._unet(
                 question.noisy,
                 question.times,

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from optimizer_daemon.lora_training.base_model import BaseModel, inspect_base_model
+from optimizer_daemon.lora_training.identity import base_model_digest
 from optimizer_daemon.lora_training.metadata import model_hashes
 from optimizer_daemon.lora_training.models import Hardware, load_text_encoders, load_unet
 from shared.single_file import config_folder
@@ -44,6 +45,7 @@ def keep_networks(base_model: str) -> None:
     torch.set_num_threads(1)  # OpenMP's threads would be gone in a fork, and waited for
     base = inspect_base_model(Path(base_model))
     model_hashes(base.folder)  # remembered for the metadata of all trainings
+    base_model_digest(base.folder)  # and this for their states
     stamp = _stamp(base)
     size = 2 * sum(file_size for _, file_size, *_ in stamp)  # in float32; the files are usually in half precision
     if size > _MOST_OF_MEMORY * psutil.virtual_memory().available:

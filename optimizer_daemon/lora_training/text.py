@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-_MOST_KEPT = 2048  # captions; one is 77 x 768 numbers in SD 1.5, 237 kB in float32, and 631 kB in SDXL
+_MOST_KEPT_BYTES = 1 << 30  # of the host's memory: 4,500 captions of SD 1.5, 1,700 of SDXL, in float32
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,14 @@ class TextEmbedding:
     states: Tensor
     pooled: Tensor | None = None
 
+    @property
+    def size_bytes(self) -> int:
+        return self.states.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
+
+    def to(self, device: torch.device | str) -> TextEmbedding:
+        """Return it on a device."""
+        return TextEmbedding(self.states.to(device), None if self.pooled is None else self.pooled.to(device))
+
     @staticmethod
     def joined(parts: Sequence[TextEmbedding]) -> TextEmbedding:
         """Put several behind each other."""
@@ -36,8 +43,9 @@ class TextEmbedding:
 class TextConditioning:
     """Turns captions into what the UNet is told.
 
-    Frozen text encoders see each different caption once, alone: in a batch their rounding would depend on the company,
-    and a resumed training would not repeat the uninterrupted one. Where one is trained, all see every batch anew.
+    Frozen text encoders see each caption alone: in a batch their rounding would depend on the company, and a resumed
+    training would not repeat the uninterrupted one. What they say of captions that come again is kept in the host's
+    memory. Where one is trained, all see every batch anew.
 
     Args:
         tokenizers: the base model's, one for each text encoder.
@@ -61,21 +69,31 @@ class TextConditioning:
         self._clip_skip = clip_skip or 1
         self._max_token_length = max_token_length
         self._trained = trained
-        self._kept: OrderedDict[str, TextEmbedding] = OrderedDict()
+        self._kept: dict[str, TextEmbedding] = {}
+        self._kept_bytes = 0
 
-    def of(self, captions: list[str]) -> TextEmbedding:
-        """Return the embedding of a batch."""
+    def of(self, captions: list[str], fleeting: Sequence[bool] | None = None) -> TextEmbedding:
+        """Return the embedding of a batch.
+
+        Args:
+            captions: of the batch.
+            fleeting: of each, whether it was drawn and will hardly come again; none was if None.
+        """
         if self._trained:
             return self._encode(captions)
-        return TextEmbedding.joined([self._frozen(caption) for caption in captions])
+        drawn = fleeting or [False] * len(captions)
+        return TextEmbedding.joined([self._frozen(*each) for each in zip(captions, drawn, strict=True)])
 
-    def _frozen(self, caption: str) -> TextEmbedding:
-        if caption not in self._kept:
-            with torch.no_grad():
-                self._kept[caption] = self._encode([caption])
-            if len(self._kept) > _MOST_KEPT:
-                self._kept.popitem(last=False)
-        return self._kept[caption]
+    def _frozen(self, caption: str, fleeting: bool) -> TextEmbedding:
+        if (kept := self._kept.get(caption)) is not None:
+            return kept.to(self._pairs[0][1].device)
+        with torch.no_grad():
+            said = self._encode([caption])
+        # Once it is full, the first stay: what is needed in turn would else be thrown away just before its turn.
+        if not fleeting and self._kept_bytes + said.size_bytes <= _MOST_KEPT_BYTES:
+            self._kept[caption] = said.to("cpu")
+            self._kept_bytes += said.size_bytes
+        return said
 
     def _encode(self, captions: list[str]) -> TextEmbedding:
         outputs = [self._outputs(tokenizer, encoder, captions) for tokenizer, encoder in self._pairs]

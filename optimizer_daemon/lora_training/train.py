@@ -13,6 +13,7 @@ from optimizer_daemon.lora_training.base_model import BaseModel
 from optimizer_daemon.lora_training.config import TrainConfig
 from optimizer_daemon.lora_training.dataset import Batch, TrainingData
 from optimizer_daemon.lora_training.families import ignored_settings
+from optimizer_daemon.lora_training.identity import identity_of
 from optimizer_daemon.lora_training.latents import default_cache_dir, load_latents
 from optimizer_daemon.lora_training.learner import Learner
 from optimizer_daemon.lora_training.memory import memory_that_ran_out, out_of_memory
@@ -53,7 +54,7 @@ def _train(config: TrainConfig, data: TrainingData, base: BaseModel, wish: StopW
     latents = load_latents(images, base, hardware, cache, wish.check)
     print(f"latents: {latents.cached} from the cache, {latents.encoded} encoded", flush=True)
     learner = Learner(config, base, hardware, latents, total_steps)
-    identity = {**config.weight_deciding(), "training data": data.digest()}
+    identity = identity_of(config, data, base, hardware)
     start, losses = _resumed(config, learner, identity)
     facts = Facts(learner.torch_optimizer.description, hardware.precision, learner.predicts_velocity, total_steps)
     metadata = training_metadata(config, data, base, facts)

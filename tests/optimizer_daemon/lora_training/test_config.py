@@ -91,6 +91,9 @@ def test_what_decides_the_weights_is_what_a_resumed_training_must_share():
         "threads": 2,
         "device": "cpu",
         "state_dir": "/s",
+        "pretrained_model_name_or_path": "/moved",
+        "network_weights": "/moved.safetensors",
+        "mixed_precision": "no",
     }
     assert config(**free).weight_deciding() == config().weight_deciding()
     for name, value in {"seed": 1, "network_dim": 8, "max_train_epochs": 5, "noise_offset": 0.1}.items():

@@ -56,6 +56,17 @@ def test_a_latent_is_one_frozen_sample_of_the_posterior(tmp_path: Path, base_mod
             torch.testing.assert_close(latent, frozen_latent(vae, draw.image.path), atol=1e-5, rtol=1e-5)
 
 
+def test_only_a_batch_of_them_is_on_the_training_device(tmp_path: Path, base_model: Path, cache: Path):
+    dataset = write_dataset(tmp_path)
+    encoded(dataset, base_model, cache)
+    model = inspect_base_model(base_model)
+    data = load_data(dataset, batch_size=1, multiple_of=model.vae_factor)
+    elsewhere = Hardware(torch.device("meta"), torch.float32)  # a device without memory of its own
+    found = load_latents(data.images, model, elsewhere, cache, lambda: None)
+    assert {tensor.device.type for tensor in found._tensors.values()} == {"cpu"}
+    assert found.of(data.epoch_batches(1, 1)[0]).device.type == "meta"
+
+
 def test_a_long_encoding_says_how_far_it_is(tmp_path: Path, base_model: Path, cache: Path, monkeypatch, capsys):
     monkeypatch.setattr(latents_module, "_SAY_EVERY_S", 0.0)
     dataset = write_dataset(tmp_path)

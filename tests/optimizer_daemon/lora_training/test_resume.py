@@ -15,7 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from optimizer_daemon.lora_training.base_model import inspect_base_model
+from optimizer_daemon.lora_training.config import load_config
+from optimizer_daemon.lora_training.dataset import load_data
+from optimizer_daemon.lora_training.identity import identity_of
+from optimizer_daemon.lora_training.models import Hardware
 from optimizer_daemon.lora_training.stopping import StopWish
 from shared.errors import Stopped, StudyMismatchError, UnreadableFileError
 from tests.optimizer_daemon.lora_training.workshop import StopAt, Workshop
@@ -34,6 +40,7 @@ SETTINGS = {
     "multires_noise_iterations": 3,
     "ip_noise_gamma": 0.1,
 }
+FORMATS = (torch.float32, torch.bfloat16)
 BATCHES = 15  # 3 images x 3 repeats in twos, 3 epochs
 
 
@@ -144,6 +151,41 @@ def test_a_state_of_other_images_is_refused(workshop: Workshop):
     (workshop.root / "images/a.txt").write_text("something else")
     with pytest.raises(StudyMismatchError, match="training data was"):
         workshop.train(resume=True)
+
+
+def test_files_may_be_moved_meanwhile_but_not_changed(workshop: Workshop, tmp_path: Path):
+    """The base model and the LoRA to begin with are known by their contents."""
+    workshop.train(max_train_epochs=1, save_precision="float")
+    start = (tmp_path / "start.safetensors", tmp_path / "moved.safetensors")
+    workshop.out.joinpath("lora.safetensors").rename(start[0])
+    with pytest.raises(Stopped):
+        workshop.train(StopAt(2), network_weights=str(start[0]))
+    saved = workshop.state_file.read_bytes()
+    shutil.copytree(workshop.base, tmp_path / "moved")
+    workshop.base, before = tmp_path / "moved", workshop.base
+    start[0].rename(start[1])
+    with pytest.raises(Stopped):
+        workshop.train(StopAt(2), network_weights=str(start[1]), resume=True)
+    workshop.state_file.write_bytes(saved)
+    weights = load_file(start[1])
+    save_file({name: tensor * 2 if "up.weight" in name else tensor for name, tensor in weights.items()}, start[1])
+    with pytest.raises(StudyMismatchError, match="network_weights was"):
+        workshop.train(network_weights=str(start[1]), resume=True)
+    save_file(weights, start[1])
+    unet = tmp_path / "moved/unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(before / "unet/diffusion_pytorch_model.safetensors")
+    save_file({name: tensor + 1e-3 for name, tensor in tensors.items()}, unet)
+    with pytest.raises(StudyMismatchError, match="base model was"):
+        workshop.train(network_weights=str(start[1]), resume=True)
+
+
+def test_another_number_format_is_another_training(workshop: Workshop):
+    config = load_config(workshop.configure())
+    base = inspect_base_model(config.pretrained_model_name_or_path)
+    data = load_data(config.dataset_config, batch_size=1, multiple_of=base.vae_factor)
+    auto, half = (identity_of(config, data, base, Hardware(torch.device("cpu"), kind)) for kind in FORMATS)
+    explicit = config.model_copy(update={"mixed_precision": "no"})
+    assert identity_of(explicit, data, base, Hardware(torch.device("cpu"), FORMATS[0])) == auto != half
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from optimizer_daemon.lora_training import text as text_module
 from optimizer_daemon.lora_training.reporting import MeanLoss
 from optimizer_daemon.lora_training.text import TextConditioning
 from optimizer_daemon.trainers.native import TRAINER
@@ -113,6 +114,20 @@ def test_a_frozen_text_encoder_sees_each_caption_once(workshop: Workshop, monkey
     monkeypatch.setattr(TextConditioning, "_encode", lambda self, texts: seen.append(texts) or encode(self, texts))
     workshop.train(text_encoder_lr=0.0)
     assert sorted(seen) == [["a blue cube, soft light"], ["a green cone, soft light"], ["a red ball, soft light"]]
+
+
+def test_captions_that_hardly_come_again_are_not_kept_and_the_others_within_bounds(workshop: Workshop, monkeypatch):
+    made: list[TextConditioning] = []
+    build = TextConditioning.__init__
+    monkeypatch.setattr(TextConditioning, "__init__", lambda self, *a, **k: made.append(self) or build(self, *a, **k))
+    workshop.train(text_encoder_lr=0.0, max_train_epochs=1, shuffle_caption=True)
+    assert made[-1]._kept == {}
+    workshop.train(text_encoder_lr=0.0, max_train_epochs=1)
+    one, *others = made[-1]._kept.values()
+    assert len(others) == 2
+    monkeypatch.setattr(text_module, "_MOST_KEPT_BYTES", 2 * one.size_bytes + 1)
+    workshop.train(text_encoder_lr=0.0, max_train_epochs=2)
+    assert len(made[-1]._kept) == 2
 
 
 def test_a_warm_up_that_never_ends_is_mentioned(workshop: Workshop, capsys):
