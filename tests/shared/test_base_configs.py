@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 import shutil
 import subprocess
@@ -20,6 +21,11 @@ ROOT = Path(__file__).resolve().parents[2]
 KOHYA = ("openai_clip-vit-large-patch14", "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k")
 CAT = [49406, 320, 1125, 539, 320, 2368, 49407]
 
+PINNED = {
+    "vocab.json": "4845b0e575739dbabfda3b54f086884b37d73e94b067988d925a7e52bfdfb8e8",
+    "merges.txt": "9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a",
+}
+
 
 def shipped(folder: Path) -> dict[str, bytes]:
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
@@ -34,6 +40,13 @@ def test_the_script_makes_what_is_shipped(tmp_path):
     subprocess.run(command, check=True)
     made = shipped(tmp_path / "made")
     assert made == {name: content for name, content in shipped(BASE_CONFIGS).items() if name != "README.md"}
+
+
+def test_the_vocabulary_is_that_of_clip(tmp_path):
+    """Pinned by content: another number for a word would be another word to every model."""
+    write_tokenizer("sd15/tokenizer", tmp_path)
+    found = {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in ("vocab.json", "merges.txt")}
+    assert found == PINNED
 
 
 @pytest.mark.parametrize(

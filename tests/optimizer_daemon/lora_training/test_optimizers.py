@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import io
 
 import pytest
 import torch
@@ -77,26 +77,43 @@ def test_what_runs_is_what_was_named(settings, kind: str, description: str):
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
-@pytest.mark.parametrize("name", NAMED)
-def test_every_named_optimizer_trains(name: str):
+@pytest.mark.parametrize("name", [*NAMED, *OPTIONAL])
+def test_every_named_optimizer_trains_and_goes_on_exactly(name: str):
     lora = network()
     rate = 1.0 if has_one_rate(name) else 1e-3
-    made = create_optimizer(config(optimizer_type=name, learning_rate=rate), lora)
+    settings = config(optimizer_type=name, learning_rate=rate)
+    made = create_optimizer(settings, lora)
     before = [weight.detach().clone() for weight in lora.parameters()]
-    for _ in range(2):
-        sum(weight.square().sum() for weight in lora.parameters()).backward()
-        made.optimizer.step()
-        made.optimizer.zero_grad()
+    take_steps(2, made.optimizer, lora)
+    saved = io.BytesIO()
+    torch.save({"network": lora.state_dict(), "optimizer": made.optimizer.state_dict()}, saved)
+    take_steps(6, made.optimizer, lora)  # RAdam's schedule-free kin waits for five
     norms = [(new.norm(), old.norm()) for new, old in zip(lora.parameters(), before, strict=True) if old.any()]
     assert all(new < old for new, old in norms) and len(norms) == 2
 
+    later = network()
+    resumed = create_optimizer(settings, later)
+    state = torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
+    later.load_state_dict(state["network"])
+    resumed.optimizer.load_state_dict(state["optimizer"])
+    take_steps(6, resumed.optimizer, later)
+    assert all(torch.equal(new, old) for new, old in zip(later.parameters(), lora.parameters(), strict=True))
 
-def test_the_package_of_an_optional_optimizer_is_asked_for():
-    missing = [name for name, target in OPTIONAL.items() if importlib.util.find_spec(target.split(".")[0]) is None]
-    for name in missing:
-        package = OPTIONAL[name].split(".")[0]
-        with pytest.raises(UserError, match=rf"{name}' will not do; there is no module {package}\S*, so install"):
-            require_optimizer(name)
+
+def take_steps(count: int, optimizer: torch.optim.Optimizer, lora: LoraNetwork) -> None:
+    """Steps towards zero."""
+    for _ in range(count):
+        sum(weight.square().sum() for weight in lora.parameters()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_the_package_of_an_optional_optimizer_is_asked_for(name: str, monkeypatch):
+    monkeypatch.setattr("sys.path", [])
+    package = OPTIONAL[name].split(".")[0]
+    with pytest.raises(UserError, match=rf"{name}' will not do; there is no module {package}\S*, so install"):
+        require_optimizer(name)
 
 
 def test_nesterov_has_sd_scripts_momentum_unless_told_otherwise():
