@@ -1,9 +1,8 @@
-"""What the family of the base model makes of the settings: which it refuses, and which mean nothing to it."""
+"""What the family of the base model refuses."""
 
 from __future__ import annotations
 
 from optimizer_daemon.lora_training.base_model import BaseModel
-from optimizer_daemon.lora_training.config import TrainConfig
 from shared.errors import SettingsError
 
 
@@ -37,13 +36,3 @@ def require_encoder_rates(text_encoder_lr: object, base: BaseModel, *, setting: 
         raise SettingsError(
             setting, text_encoder_lr, f"a base model of family {base.family} has {count} text encoder; give one rate"
         )
-
-
-def ignored_settings(config: TrainConfig, base: BaseModel) -> list[str]:
-    """Return a sentence for each setting that means nothing to this family."""
-    if base.family == "sdxl" and config.clip_skip is not None:
-        return [
-            f"clip_skip = {config.clip_skip} is ignored, as in sd-scripts: SDXL takes the last layer but one of both "
-            "text encoders"
-        ]
-    return []

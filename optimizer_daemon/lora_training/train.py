@@ -12,8 +12,8 @@ import torch
 from optimizer_daemon.lora_training.base_model import BaseModel
 from optimizer_daemon.lora_training.config import TrainConfig
 from optimizer_daemon.lora_training.dataset import Batch, TrainingData
-from optimizer_daemon.lora_training.families import ignored_settings
 from optimizer_daemon.lora_training.identity import identity_of
+from optimizer_daemon.lora_training.ignored import ignored_settings
 from optimizer_daemon.lora_training.latents import default_cache_dir, load_latents
 from optimizer_daemon.lora_training.learner import Learner
 from optimizer_daemon.lora_training.memory import memory_that_ran_out, out_of_memory
@@ -236,7 +236,7 @@ def _introduce(config: TrainConfig, data: TrainingData, base: BaseModel, learner
         f"  device: {hardware.device}, mixed precision {hardware.precision}, {torch.get_num_threads()} CPU threads",
         flush=True,
     )
-    for sentence in ignored_settings(config, base):
+    for sentence in ignored_settings(config, base, validates=bool(data.validation_images)):
         print(f"  note: {sentence}", flush=True)
     if both := {image.path for image in data.images} & {image.path for image in data.validation_images}:
         print(
