@@ -5,6 +5,7 @@ Nothing writes to frozen weights, so a fork shares their memory with the process
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +17,13 @@ from optimizer_daemon.lora_training.base_model import BaseModel, inspect_base_mo
 from optimizer_daemon.lora_training.identity import base_model_digest
 from optimizer_daemon.lora_training.metadata import model_hashes
 from optimizer_daemon.lora_training.models import Hardware, load_text_encoders, load_unet
+from shared.errors import CheckpointError
+from shared.safetensors_file import MAX_MODEL_BYTES, read_header
 from shared.single_file import config_folder
 
 _MOST_OF_MEMORY = 0.5  # of what is available
+_FLOAT32 = 4  # bytes
+_VAE = "first_stage_model."  # in a single file; it is not kept
 
 _Stamp = tuple[tuple[str, int, int, int], ...]
 
@@ -32,6 +37,7 @@ class _Kept:
 
 
 _kept: list[_Kept] = []  # at most one
+_why_not: list[str] = []  # at most one: why nothing is kept
 
 
 def keep_networks(base_model: str) -> None:
@@ -47,9 +53,11 @@ def keep_networks(base_model: str) -> None:
     model_hashes(base.folder)  # remembered for the metadata of all trainings
     base_model_digest(base.folder)  # and this for their states
     stamp = _stamp(base)
-    size = 2 * sum(file_size for _, file_size, *_ in stamp)  # in float32; the files are usually in half precision
-    if size > _MOST_OF_MEMORY * psutil.virtual_memory().available:
+    size, most = _float32_bytes(base), int(_MOST_OF_MEMORY * psutil.virtual_memory().available)
+    if size > most:
+        _why_not[:] = [f"in float32 they take {size / 2**30:.1f} GiB, of memory at most {most / 2**30:.1f} GiB is used"]
         return
+    _why_not.clear()
     hardware = Hardware(torch.device("cpu"), torch.float32)
     _kept[:] = [_Kept(base, stamp, load_unet(base, hardware), load_text_encoders(base, hardware))]
 
@@ -57,14 +65,17 @@ def keep_networks(base_model: str) -> None:
 def frozen_networks(base: BaseModel, hardware: Hardware) -> tuple[nn.Module, list[nn.Module]]:
     """Return the frozen UNet and text encoders on the training's hardware: those kept, or loaded ones.
 
-    A model whose files have changed since is loaded.
+    A model whose files have changed since is loaded. A forked training says which it was.
     """
     for kept in _kept:
         if kept.base == base and kept.stamp == _stamp(base):
             unet, *encoders = (
                 nn.Module.to(module, hardware.device, hardware.dtype) for module in (kept.unet, *kept.encoders)
             )
+            print("base model: as loaded by the preloaded process", flush=True)
             return unet, encoders
+    for why in _why_not or ["its files have changed since" for _ in _kept]:
+        print(f"base model: not kept by the preloaded process, {why}; loading it", flush=True)
     return load_unet(base, hardware), load_text_encoders(base, hardware)
 
 
@@ -77,3 +88,30 @@ def _stamp(base: BaseModel) -> _Stamp:
         files = sorted(file for folder in folders for file in folder.iterdir() if file.is_file())
     looks = [(str(file), file.stat()) for file in files]
     return tuple((name, look.st_size, look.st_mtime_ns, look.st_ino) for name, look in looks)
+
+
+def _float32_bytes(base: BaseModel) -> int:
+    """Return what the networks take in float32, by the headers of their files; of other formats as if of 16 bits."""
+    if base.folder.is_file():
+        files = [base.folder]
+    else:
+        folders = [base.folder / part for part in ("unet", *base.text_encoders)]
+        # One with a further dot is a variant, such as .fp16.safetensors, that is not loaded.
+        files = [
+            file
+            for folder in folders
+            for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+            if file.name.count(".") == 1
+        ]
+    return sum(map(_float32_bytes_of, files))
+
+
+def _float32_bytes_of(file: Path) -> int:
+    real = file.resolve()  # a download cache links to the content
+    if file.suffix != ".safetensors":
+        return 2 * real.stat().st_size
+    try:
+        tensors = read_header(real, real.parent, max_bytes=MAX_MODEL_BYTES).tensors
+    except CheckpointError:
+        return 2 * real.stat().st_size  # the loader says what is wrong with it
+    return sum(_FLOAT32 * math.prod(tensor.shape) for name, tensor in tensors.items() if not name.startswith(_VAE))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ def nothing_kept():
     threads = torch.get_num_threads()
     yield
     resident._kept.clear()
+    resident._why_not.clear()
     torch.set_num_threads(threads)
 
 
@@ -103,10 +105,28 @@ def test_one_thread_convolves_small_pictures_as_is_quickest_and_leaves_onednn_as
     assert torch.backends.mkldnn.enabled
 
 
-def test_nothing_is_kept_where_memory_is_short(tmp_path, monkeypatch):
-    base = save_tiny_model(tmp_path / "base")
-    monkeypatch.setattr(resident, "_MOST_OF_MEMORY", 0.0)
-    resident.keep_networks(str(base))
-    assert resident._kept == []
-    unet, encoders = resident.frozen_networks(inspect_base_model(base), CPU)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_memory_they_take_in_float32_is_told_by_the_headers_whatever_the_files_hold(tmp_path, dtype):
+    pipeline = tiny_sd15(tmp_path).to(dtype=dtype)
+    pipeline.save_pretrained(tmp_path / "base")
+    shutil.copy(next((tmp_path / "base/unet").glob("*.safetensors")), tmp_path / "base/unet/model.fp16.safetensors")
+    networks = (pipeline.unet, pipeline.text_encoder)
+    expected = 4 * sum(parameter.numel() for network in networks for parameter in network.parameters())
+    assert resident._float32_bytes(inspect_base_model(tmp_path / "base")) == expected
+    single = save_single_file(pipeline, tmp_path / "model.safetensors")
+    assert resident._float32_bytes(inspect_base_model(single)) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_nothing_is_kept_where_memory_is_short_and_the_training_says_which_it_was(tmp_path, monkeypatch, capsys, fits):
+    base = inspect_base_model(save_tiny_model(tmp_path / "base"))
+    size = resident._float32_bytes(base)
+    available = 2 * size + (1 if fits else -2)
+    monkeypatch.setattr(resident.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+    resident.keep_networks(str(base.folder))
+    assert len(resident._kept) == fits
+    unet, encoders = resident.frozen_networks(base, CPU)
     assert not any(parameter.requires_grad for module in (unet, *encoders) for parameter in module.parameters())
+    said = capsys.readouterr().out
+    assert ("base model: as loaded by the preloaded process\n" in said) == fits
+    assert ("base model: not kept by the preloaded process, in float32 they take 0.0 GiB" in said) != fits
