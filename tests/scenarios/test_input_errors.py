@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 
@@ -24,6 +26,7 @@ from shared.safetensors_file import CODES
 from shared.schemas import Run
 from tests.scenarios.bad_cases import CASES
 from tests.scenarios.bad_input import ROOT, Case, World
+from tests.scenarios.forked_command import ForkedCommands
 
 TEXTS = ROOT / "docs" / "troubleshooting.md"
 AT_ONCE = 3  # commands
@@ -57,13 +60,16 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100", **more}
 
 
-def run_case(case: Case, folder: Path, made: Path) -> Outcome:
+def run_case(case: Case, folder: Path, made: Path, servers: SimpleQueue[ForkedCommands]) -> Outcome:
     world = World(folder, made if case.study else None)
     command = case.spoil(world)
     before = content(folder)
+    server = servers.get()
     try:
-        done = execute(command, environment(**world.variables))
+        run = server.run if command[:2] == [sys.executable, "-m"] else execute
+        done = run(command, environment(**world.variables))
     finally:
+        servers.put(server)
         world.release()
     return Outcome(done.returncode, done.stderr, done.stdout, before, content(folder))
 
@@ -84,9 +90,15 @@ def outcomes(tmp_path_factory, made, request) -> Callable[[Case], Outcome]:
     called = [item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")]
     wanted = {case.sentence for case in called if isinstance(case, Case)}  # other tests have cases of their own
     chosen = [case for case in CASES if case.sentence in wanted]
+    all_servers = [ForkedCommands() for _ in range(AT_ONCE)]
+    servers: SimpleQueue[ForkedCommands] = SimpleQueue()
+    for server in all_servers:
+        servers.put(server)
     with ThreadPoolExecutor(AT_ONCE) as threads:
-        found = threads.map(lambda case: run_case(case, tmp_path_factory.mktemp("world"), made), chosen)
+        found = threads.map(lambda case: run_case(case, tmp_path_factory.mktemp("world"), made, servers), chosen)
         done = {case.sentence: outcome for case, outcome in zip(chosen, found, strict=True)}
+    for server in all_servers:
+        server.close()
     return lambda case: done[case.sentence]
 
 
