@@ -74,7 +74,8 @@ class Reporter:
         self._pending: list[tuple[int, Sequence[int], Tensor, Sequence[float]]] = []
         self._read_at = time.monotonic()
         self._not_finite = 0
-        # An interrupted run may have logged steps that are trained again now.
+        # An interrupted run may have logged steps that are trained again now. What goes by epochs may stand
+        # twice, with the same value, after a kill between an epoch's end and its state.
         purge = start.step + 1 if start.step else None
         self._board = SummaryWriter(str(logging_dir / "network_train"), purge_step=purge) if logging_dir else None
         self._bar = tqdm(
