@@ -25,8 +25,8 @@ pytestmark = pytest.mark.slow
 FORMATS = GOLDEN.parent / "formats/v1"
 # Those of both presets, each with another course of the rates.
 OPTIMIZERS = {"AdamW": "cosine", "AdamW8bit": "cosine_with_restarts", "Lion": "polynomial", "Adafactor": "cosine"}
-# The kohya trainer checkpoints gradients, as its users do, and fixes the seed of a validation split that may come.
-OF_THE_TRAINER = {"ss_gradient_checkpointing", "ss_validation_seed"}
+# The kohya trainer checkpoints gradients, as its users do.
+OF_THE_TRAINER = {"ss_gradient_checkpointing"}
 # Lion is of another library: lion_pytorch theirs, bitsandbytes ours.
 OF_THE_LIBRARY = {"Lion": {"ss_optimizer"}}
 
