@@ -119,7 +119,7 @@ def test_the_study_goes_on_counts_no_failure_and_leaves_nothing_behind(ran: tupl
 
 def test_a_training_that_diverges_is_stopped_within_some_twenty_steps(ran: tuple[Lab, str]):
     reason = state_of(ran[0], 5).reason or ""
-    found = re.search(r"nan for (\d+) steps", reason)
+    found = re.search(r"nan since step 1, for (\d+) steps now", reason)
     assert found and 20 <= int(found[1]) < 200, reason
 
 

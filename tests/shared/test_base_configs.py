@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -102,6 +103,5 @@ def test_a_wheel_and_a_source_archive_hold_all_of_it(tmp_path):
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     assert wanted <= set(zipfile.ZipFile(wheel).namelist())
     (source,) = (tmp_path / "dist").glob("*.tar.gz")
-    shutil.unpack_archive(source, tmp_path / "unpacked", filter="data")
-    (unpacked,) = (tmp_path / "unpacked").iterdir()
-    assert wanted <= set(shipped(unpacked))
+    with tarfile.open(source) as archive:
+        assert wanted <= {name.partition("/")[2] for name in archive.getnames()}
