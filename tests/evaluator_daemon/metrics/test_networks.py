@@ -15,7 +15,7 @@ from PIL import Image
 
 from evaluator_daemon.job import Job
 from evaluator_daemon.metrics import METRICS, load_metrics
-from evaluator_daemon.metrics.base import RenderedSet
+from evaluator_daemon.metrics.base import RenderedSet, drop_networks
 from evaluator_daemon.metrics.networks import Clip, clip_of
 from evaluator_daemon.resident import ResidentModel
 from shared.errors import ResourceError
@@ -93,6 +93,7 @@ def test_a_planned_backbone_that_is_damaged_ends_the_evaluation(job, tmp_path):
 
 
 def test_giving_back_leaves_no_network_behind(job):
+    drop_networks()  # one that another test of this process has loaded may be held there
     model = ResidentModel(job, lambda: None)
     model.make_ready()
     loaded = weakref.ref(clip_of(job)[0])
