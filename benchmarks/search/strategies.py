@@ -150,8 +150,12 @@ def optuna_s(
     task: Task,
     budget: int,
     seed: int,
+    share: float = 1.0,
 ) -> Run:
-    """A sampler and a pruner of Optuna's, as its users have them: what breaks a rule is told as pruned."""
+    """A sampler and a pruner of Optuna's, as its users have them: what breaks a rule is told as pruned.
+
+    Every training ends after `share` of its epochs, and is judged by that.
+    """
     distributions = FeasibleSpace.of(space(), {}).distributions
     study = optuna.create_study(sampler=make_sampler(seed), pruner=make_pruner())
     ledger, infeasible = _Ledger(task, budget), 0
@@ -164,8 +168,12 @@ def optuna_s(
             infeasible += 1
             study.tell(trial, state=TrialState.PRUNED)
             continue
+        last = share * int(values["max_train_epochs"])
+        curve = {
+            epoch: score for epoch, score in task.curve(values, _noise(task, seed, number)).items() if epoch <= last
+        }
         epoch, score, stopped = 0, None, False
-        for epoch, score in task.curve(values, _noise(task, seed, number)).items():
+        for epoch, score in curve.items():
             trial.report(score, epoch)
             if trial.should_prune():
                 stopped = True
@@ -175,27 +183,6 @@ def optuna_s(
         else:
             study.tell(trial, score)
         ledger.add(values, epoch, None if stopped else score)
-    return Run(ledger.points, ledger.trials, infeasible)
-
-
-def cut(share: float, task: Task, budget: int, seed: int) -> Run:
-    """Every training of Optuna's default sampler ends after a share of its epochs, and is judged by that."""
-    distributions = FeasibleSpace.of(space(), {}).distributions
-    study = optuna.create_study(sampler=TPESampler(seed=seed))
-    ledger, infeasible = _Ledger(task, budget), 0
-    for number in range(MOST_ASKS):
-        if ledger.spent >= budget:
-            break
-        trial = study.ask(distributions)
-        values = {name: space().parameters[name].snap(value) for name, value in trial.params.items()}
-        if not space().is_feasible(values):
-            infeasible += 1
-            study.tell(trial, state=TrialState.PRUNED)
-            continue
-        curve = task.curve(values, _noise(task, seed, number))
-        epoch = max(known for known in curve if known <= share * max(curve))
-        study.tell(trial, curve[epoch])
-        ledger.add(values, epoch, curve[epoch])
     return Run(ledger.points, ledger.trials, infeasible)
 
 
@@ -225,7 +212,7 @@ def strategies() -> dict[str, Strategy]:
         "GP without pruner": partial(optuna_s, _gp, none),
         "random": partial(optuna_s, _random, none),
         "random, twice the budget": partial(twice, partial(optuna_s, _random, none)),
-        "every training cut at half": partial(cut, 0.5),
+        "every training cut at half": partial(optuna_s, _tpe, none, share=0.5),
         "ours: tpe + median": partial(ours, "tpe", "median", False),
         "ours: gp + median": partial(ours, "gp", "median", False),
         "ours: auto + median": partial(ours, "auto", "median", False),
