@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sqlite3
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any, ParamSpec, Self, TypeVar
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import StorageInternalError
-from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
-from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from optimizer_daemon.optuna_adapter.history import is_infeasible
 from optimizer_daemon.optuna_adapter.models import SAMPLERS
 from optimizer_daemon.optuna_adapter.sampler import DRAW, FeasibleSampler, curve_of
+from optimizer_daemon.optuna_adapter.storage import not_opened, open_storage
 from optimizer_daemon.search.curves import Curve
 from optimizer_daemon.search.expressions import Value
 from optimizer_daemon.search.space import SearchSpace
-from shared.errors import LabError, ResourceError, SettingsError, StudyMismatchError
+from shared.errors import ResourceError, StudyMismatchError
 from shared.failpoints import reach
-
-BUSY_TIMEOUT_S = 60  # another reader of the database may hold it that long
 
 _OWNER = "owner"
 _SPACE = "search_space"
@@ -146,7 +141,7 @@ class TuningStudy:
             DiskError: the disk is full.
         """
         feasible = FeasibleSampler(space, seed, pinned or {}, SAMPLERS.load(sampler))
-        storage = _open_storage(storage_url)
+        storage = open_storage(storage_url)
         with contextlib.ExitStack() as refused:
             refused.callback(storage.engine.dispose)  # a refused database is left as it was, without SQLite's log
             try:
@@ -157,7 +152,7 @@ class TuningStudy:
                 _check_space(study, _SPACE, {known: str(known_as) for known, known_as in space.parameters.items()})
                 _check_space(study, _RULES, space.rules())
             except (StorageInternalError, SQLAlchemyError) as error:
-                raise _not_opened(storage_url, error) from error
+                raise not_opened(storage_url, error) from error
             refused.pop_all()
         return cls(study, feasible, stage, storage.engine.dispose)
 
@@ -314,67 +309,6 @@ def _draw_of(number: int, attributes: Mapping[str, Any], started: datetime | Non
         enqueued="request" in stored,
         training_seed=stored.get("training_seed"),
     )
-
-
-def _open_storage(storage_url: str) -> RDBStorage:
-    try:
-        url = make_url(storage_url)
-        sqlite = url.get_backend_name() == "sqlite"
-        options: dict[str, Any] = {"connect_args": {"timeout": BUSY_TIMEOUT_S}} if sqlite else {}
-        if sqlite and url.database:
-            file = Path(url.database)
-            if _has_tables(file):  # asked before anything of an older database is changed
-                RDBStorage(storage_url, engine_kwargs=options, skip_table_creation=True).engine.dispose()
-            _use_write_ahead_log(file)
-        return RDBStorage(storage_url, engine_kwargs=options)
-    except RuntimeError as error:  # Optuna's word for a database of another version
-        raise StudyMismatchError(
-            f"{storage_url} was made by another version of Optuna ({error}); copy the database, then run `optuna "
-            f"storage upgrade --storage {storage_url}`"
-        ) from error
-    except (ValueError, ImportError, sqlite3.Error, SQLAlchemyError) as error:
-        raise _not_opened(storage_url, error) from error
-
-
-def _not_opened(storage_url: str, error: Exception) -> LabError:
-    """Return what to do about a database that does not open."""
-    cause = error
-    while not isinstance(cause, sqlite3.Error) and isinstance(inner := _inner(cause), Exception):
-        cause = inner
-    said = " ".join(str(cause).split())
-    name = getattr(cause, "sqlite_errorname", "")
-    if name == "SQLITE_FULL" or name.startswith("SQLITE_IOERR"):  # the latter where not even its index fits
-        remedy = "free space or repair the disk, then the same command goes on"
-        return ResourceError(f"--storage {storage_url}: {said}; {remedy}")
-    if name in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
-        remedy = "that file is damaged or no SQLite database; put a copy of it back, or name another"
-    else:
-        remedy = "name a database that opens, such as sqlite:////data/study.db"
-    return SettingsError("--storage", storage_url, f"{remedy} ({said})")
-
-
-def _inner(error: Exception) -> BaseException | None:
-    return getattr(error, "orig", None) or error.__cause__
-
-
-def _has_tables(file: Path) -> bool:
-    """Tell whether an Optuna database stands there, without changing a byte of it."""
-    if not file.exists() or file.stat().st_size == 0:
-        return False
-    # Even a reader makes files beside a database with a log of writes; it must not where nothing is left in the log.
-    look = "mode=ro" if file.with_name(f"{file.name}-wal").exists() else "immutable=1"
-    with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?{look}", uri=True)) as connection:
-        asked = "SELECT count(*) FROM sqlite_master WHERE name IN ('studies', 'version_info', 'alembic_version')"
-        (found,) = connection.execute(asked).fetchone()
-    return int(found) == 3
-
-
-def _use_write_ahead_log(file: Path) -> None:
-    """Let readers such as optuna-dashboard and our writes not wait for each other; the mode stays with the file."""
-    with contextlib.closing(sqlite3.connect(file, timeout=BUSY_TIMEOUT_S)) as connection:
-        (mode,) = connection.execute("PRAGMA journal_mode=WAL").fetchone()
-    if mode != "wal":
-        raise ResourceError(f"{file}: SQLite offers only the journal mode {mode!r} there; put it on a local disk")
 
 
 def _check_owner(study: optuna.Study, storage_url: str, folder_id: str) -> None:
