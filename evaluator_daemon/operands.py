@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluator_daemon.comparing import best_of
 from evaluator_daemon.folder import read_or_none
 from shared.errors import SettingsError, UserError
 from shared.layout import LABEL_PATTERN, EvaluationsLayout, StudyLayout, TrialLayout
 from shared.schemas import EvaluationPlan, EvaluationState, LabelledPlan, Metrics
 from shared.schemas.plan import SEEDS_END
+from shared.scores.comparing import best_of
 
 BASE = "base"
 FINALISTS = "finalists"
@@ -216,8 +216,8 @@ def require_one_plan(operands: Sequence[Operand]) -> None:
     Raises:
         StudyMismatchError: names the fields that differ, with both values.
     """
-    from evaluator_daemon.comparing import differences_text, fields_that_differ
     from shared.errors import StudyMismatchError
+    from shared.scores.comparing import differences_text, fields_that_differ
 
     plans = [(operand.name, operand.plan) for operand in operands if operand.plan is not None]
     for name, plan in plans[1:]:

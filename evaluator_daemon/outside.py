@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluator_daemon.comparing import differences_text, fields_that_differ
 from evaluator_daemon.evaluator import LOCK_TIMEOUT_S, Evaluator
 from evaluator_daemon.folder import read_or_none
 from evaluator_daemon.job import Job
@@ -24,6 +23,7 @@ from shared.layout import LabelLayout, StudyLayout
 from shared.locks import FileLock
 from shared.logs import log_change
 from shared.schemas import Attempt, CheckpointRecord, EvaluationState, LabelledPlan, Metrics
+from shared.scores.comparing import differences_text, fields_that_differ
 from shared.service import Service
 
 _log = logging.getLogger(__name__)

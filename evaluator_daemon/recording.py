@@ -6,7 +6,6 @@ import logging
 from collections.abc import Sequence
 from datetime import datetime
 
-from evaluator_daemon.comparing import best_of, score_values
 from evaluator_daemon.folder import has_results, read_or_none
 from evaluator_daemon.sweep import SETTLED, quarantine_code
 from shared.files import read_or_set_aside, sweep_temp_files, write_model
@@ -24,6 +23,7 @@ from shared.schemas import (
     SummaryEntry,
 )
 from shared.schemas.evaluator import CheckpointStatus, Outcome
+from shared.scores.comparing import best_of, score_values
 
 _log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluator_daemon.statistics import difference, pseudo_values, rank
+from shared.scores.statistics import difference, pseudo_values, rank
 
 CHECKPOINTS = 10
 SPREAD = 0.020

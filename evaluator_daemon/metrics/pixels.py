@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from evaluator_daemon.job import Job
 from evaluator_daemon.metrics.base import Facts, Quantity, RenderedSet, measured
-from evaluator_daemon.scoring import BRIGHTNESS_RANGE, CONTRAST_RANGE, SATURATION_RANGE
 from shared.metric_names import Inputs
 from shared.schemas import Metric
+from shared.scores.formulas import BRIGHTNESS_RANGE, CONTRAST_RANGE, SATURATION_RANGE
 
 BLACK_BRIGHTNESS = 0.02
 FLAT_CONTRAST = 0.02

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from shared.verbs import Run
 
 if TYPE_CHECKING:
-    from evaluator_daemon.comparing import Comparison, Row
     from evaluator_daemon.job import Job
     from evaluator_daemon.operands import Operand
     from shared.schemas import Metrics
+    from shared.scores.comparing import Comparison, Row
 
 FRESH_PICTURES = 16
 
@@ -53,11 +53,11 @@ def declare(parser: argparse.ArgumentParser) -> Run:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from evaluator_daemon.comparing import compare
     from evaluator_daemon.operands import FINALISTS, fresh_plan, labels_of, require_label, require_one_plan, resolve
     from evaluator_daemon.verbs.evaluate import evaluate_label, job_outside
     from shared.errors import SettingsError
     from shared.layout import StudyLayout
+    from shared.scores.comparing import compare
 
     if len(set(arguments.operands)) < max(2, len(arguments.operands)):
         raise SettingsError("A B", " ".join(arguments.operands), "name at least two, each once")

@@ -15,7 +15,6 @@ from diffusers import StableDiffusionPipeline
 from numpy.typing import NDArray
 
 from evaluator_daemon.metrics.pixels import pixel_statistics, sentinel
-from evaluator_daemon.scoring import combined_score, gate
 from examples.tiny_world.dataset import NUM_REPEATS, dataset_scenes
 from examples.tiny_world.judge import (
     GUIDANCE,
@@ -32,6 +31,7 @@ from examples.tiny_world.paths import CARD, CARD_FILES
 from examples.tiny_world.pictures import COMBINATIONS
 from examples.tiny_world.reference_lora import load_base, train_reference_lora
 from examples.tiny_world.scenes import BASE_LIGHTINGS, LIGHTINGS, TARGET_LIGHTING, draw_scene, render
+from shared.scores.formulas import combined_score, gate
 
 mpl.use("Agg")
 

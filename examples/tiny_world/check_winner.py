@@ -19,12 +19,12 @@ import torch
 from numpy.typing import NDArray
 
 from evaluator_daemon.metrics.pixels import PixelStatistics, pixel_statistics, sentinel
-from evaluator_daemon.scoring import TARGET_BRIGHTNESS, TARGET_CONTRAST, gate, paired_interval
 from examples.tiny_world.judge import ClipJudge, Prompt, grid, render_prompts
 from examples.tiny_world.reference_lora import load_base
 from shared.files import read_model
 from shared.layout import StudyLayout
 from shared.schemas import BestParameters, Run
+from shared.scores.formulas import TARGET_BRIGHTNESS, TARGET_CONTRAST, gate, paired_interval
 
 FRESH_SEED = 70_000
 CAPTION = re.compile(r"a (\w+) (\w+) on (\w+) background(?:, (\w+) style)?")

@@ -24,7 +24,6 @@ from evaluator_daemon.places import TrialPlace
 from evaluator_daemon.process import crash_text
 from evaluator_daemon.recording import Memory, changed, now
 from evaluator_daemon.resident import ResidentModel
-from evaluator_daemon.scoring import combined_score
 from evaluator_daemon.sweep import open_files
 from shared.errors import DiskError, ResourceError, SettingsError, Stopped, StudyMismatchError
 from shared.files import read_model, write_model
@@ -32,6 +31,7 @@ from shared.layout import StudyLayout, TrialLayout
 from shared.logs import LineFormatter
 from shared.planning import make_plan
 from shared.schemas import Attempt, EvaluationState, EvaluationSummary, Metrics, TrialState
+from shared.scores.formulas import combined_score
 from shared.service import Service
 from tests.evaluator_daemon.tiny_models import PROMPTS, TEXT_MODULES, UNET_MODULES, lora_bytes
 

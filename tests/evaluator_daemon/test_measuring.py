@@ -8,9 +8,9 @@ import pytest
 from evaluator_daemon.measuring import gate_of, measure, scores_of
 from evaluator_daemon.metrics.base import RenderedSet, measured, unavailable
 from evaluator_daemon.metrics.pixels import PixelMetrics, mean_difference
-from evaluator_daemon.scoring import combined_score
 from shared.errors import SettingsError
 from shared.schemas import EvaluationPlan, ScoringPreset
+from shared.scores.formulas import combined_score
 
 
 def plan(**values) -> EvaluationPlan:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import chdtri, ndtr, stdtrit
 
-from evaluator_daemon.scoring import Interval, paired_interval
+from shared.scores.formulas import Interval, paired_interval
 
 Table = NDArray[np.float64]
 

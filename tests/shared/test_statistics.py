@@ -16,7 +16,7 @@ from benchmarks.evaluation.statistics import (
     tie_sets,
     winners,
 )
-from evaluator_daemon.statistics import difference, pseudo_values, rank
+from shared.scores.statistics import difference, pseudo_values, rank
 
 
 @pytest.mark.parametrize(("pictures", "largest"), [(8, 3.0), (16, 2.0), (32, 1.6)])

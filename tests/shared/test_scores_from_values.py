@@ -8,8 +8,8 @@ from statistics import fmean, pstdev
 
 import pytest
 
-from evaluator_daemon.measuring import scores_from_values
-from evaluator_daemon.scoring import mean_over
+from shared.scores.formulas import mean_over
+from shared.scores.from_values import scores_from_values
 from shared.scoring_presets import frozen_preset, load_preset
 
 RNG = random.Random(3)

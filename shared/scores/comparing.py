@@ -9,10 +9,10 @@ from typing import Literal
 
 import numpy as np
 
-from evaluator_daemon.measuring import scores_from_values, values_of
-from evaluator_daemon.scoring import PAIRWISE, Interval, mean_over
-from evaluator_daemon.statistics import Ranking, difference, pseudo_values, rank
 from shared.schemas import BestCheckpoint, EvaluationPlan, Metrics
+from shared.scores.formulas import PAIRWISE, Interval, mean_over
+from shared.scores.from_values import scores_from_values, values_of
+from shared.scores.statistics import Ranking, difference, pseudo_values, rank
 from shared.scoring_presets import terms_of
 
 Direction = Literal["minimise", "maximise", "target"]

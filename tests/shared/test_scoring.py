@@ -8,7 +8,7 @@ from statistics import fmean
 
 import pytest
 
-from evaluator_daemon.scoring import combined_score, gate, paired_interval, pixar_style_score, share_in_range
+from shared.scores.formulas import combined_score, gate, paired_interval, pixar_style_score, share_in_range
 
 
 def test_combined_score_is_the_documented_formula():

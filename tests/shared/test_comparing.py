@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from scipy.special import stdtrit
 
-from evaluator_daemon.comparing import best_of, compare, fields_that_differ, score_values
-from evaluator_daemon.measuring import scores_from_values, scores_of, values_of
+from evaluator_daemon.measuring import scores_of
 from evaluator_daemon.metrics.base import measured, unavailable
 from evaluator_daemon.operands import fresh_plan
 from shared.schemas import (
@@ -24,6 +23,8 @@ from shared.schemas import (
     Sample,
     ScoringPreset,
 )
+from shared.scores.comparing import best_of, compare, fields_that_differ, score_values
+from shared.scores.from_values import scores_from_values, values_of
 from shared.scoring_presets import frozen_preset, load_preset
 
 PLAN = EvaluationPlan(
