@@ -6,29 +6,19 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
+from optimizer_daemon.goals import goals_against
 from optimizer_daemon.scores import FinalScore
 from shared.errors import DiskError, UnreadableFileError
 from shared.files import read_model, write_bytes, write_model, write_text
 from shared.layout import StudyLayout, TrialLayout
 from shared.schemas import AllTrials, BestParameters, Metrics, ScoringPreset, TrialParams, TrialResult, TrialState
-from shared.scoring_presets import Band, goals_of
 
 DIRECTION: Final = "minimise"
 
 
 def goal_lines(metrics: Metrics, scoring: ScoringPreset) -> list[str]:
     """Return one line for each goal of the study's scoring: reached, or missed by how much."""
-    return [_verdict(figure, band, metrics) for figure, band in goals_of(scoring).items()]
-
-
-def _verdict(figure: str, band: Band, metrics: Metrics) -> str:
-    metric = metrics.metrics.get(figure.removesuffix("_std"))
-    value = None if metric is None else metric.std if figure.endswith("_std") else metric.value
-    goal = f"{band.low:.2f}-{band.high:.2f}"
-    if value is None:
-        return f"{figure:16} unknown   (goal {goal})"
-    miss = max(band.low - value, value - band.high, 0.0)
-    return f"{figure:16} {value:.4f}    (goal {goal}: {f'missed by {miss:.4f}' if miss else 'reached'})"
+    return [goal.line for goal in goals_against(metrics, scoring)]
 
 
 def publish_final(trial: TrialLayout, final: FinalScore, scoring: ScoringPreset) -> None:
@@ -72,24 +62,27 @@ def all_trials(study: StudyLayout, study_name: str, objective: str, now: datetim
             params, state = read_model(trial.params, TrialParams), read_model(trial.state, TrialState)
         except (FileNotFoundError, UnreadableFileError):
             continue
-        results.append(
-            TrialResult(
-                trial=state.trial,
-                optuna_number=state.optuna_number,
-                state=state.state,
-                reason=state.reason,
-                value=state.value,
-                feasible=state.feasible,
-                parameters=params.parameters,
-                derived=params.derived,
-                curve=state.curve,
-                finalist_of=state.finalist_of,
-                started=state.started,
-                ended=state.ended,
-            )
-        )
+        results.append(trial_result(params, state))
     return AllTrials(
         study_name=study_name, updated=now, objective=objective, direction=DIRECTION, trials=tuple(results)
+    )
+
+
+def trial_result(params: TrialParams, state: TrialState) -> TrialResult:
+    """Return the line of all_trials.json that a trial's own two files make."""
+    return TrialResult(
+        trial=state.trial,
+        optuna_number=state.optuna_number,
+        state=state.state,
+        reason=state.reason,
+        value=state.value,
+        feasible=state.feasible,
+        parameters=params.parameters,
+        derived=params.derived,
+        curve=state.curve,
+        finalist_of=state.finalist_of,
+        started=state.started,
+        ended=state.ended,
     )
 
 
