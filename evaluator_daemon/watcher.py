@@ -5,10 +5,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -27,6 +26,7 @@ from watchdog.observers.inotify import InotifyEmitter
 from watchdog.observers.inotify_c import InotifyEvent, InotifyFD
 
 from shared.logs import log_change
+from shared.mounts import file_system, tells_changes
 
 RETRY_S = 300.0
 """How long after the system's watches were found used up it is tried again."""
@@ -35,11 +35,6 @@ STEADY_S = 600.0
 MAX_FAILURES = 10
 """An observer that failed this often in a row is left off."""
 
-# There inotify does not see what the other side writes.
-_BLIND = (
-    "9p", "afs", "beegfs", "ceph", "cifs", "drvfs", "fuse", "glusterfs", "gpfs", "lustre", "nfs", "ocfs2", "smb",
-    "vboxsf", "virtiofs", "vmhgfs",
-)  # fmt: skip
 # watchdog's default mask floods its queue, and a reader that opens files would wake itself.
 _EVENTS: list[type[FileSystemEvent]] = [
     FileClosedEvent,
@@ -177,9 +172,8 @@ class Watches:
         if self._clock() < self._not_before_s:
             known.blind_because = self._pause_because
             return
-        with Path("/proc/self/mountinfo").open("rb") as mounts:
-            kind = mount_type(path, mounts)
-        if kind.startswith(_BLIND):
+        kind = file_system(path)
+        if not tells_changes(kind):
             known.blind_because, known.final = f"its file system, {kind}, does not tell what others write", True
             return
         try:
@@ -316,17 +310,3 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
-
-
-def mount_type(folder: Path, mountinfo: Iterable[bytes]) -> str:
-    """Return the file system's type of the mount `folder` lies on, from the lines of /proc/self/mountinfo."""
-    path = os.path.realpath(os.fsencode(folder))
-    best, kind = b"", b""
-    for line in mountinfo:
-        before, _, after = line.partition(b" - ")
-        # a space is written \040; all but four characters stand there as they are, whatever their encoding
-        point = re.sub(rb"\\([0-3][0-7]{2})", lambda octal: bytes([int(octal[1], 8)]), before.split(b" ")[4])
-        inside = path == point or path.startswith(point.rstrip(b"/") + b"/")
-        if inside and len(point) >= len(best):
-            best, kind = point, after.split(b" ")[0]
-    return kind.decode()

@@ -119,7 +119,7 @@ def carry_out_without_daemon(folder: RequestFolder, request: PendingRequest) -> 
             from optimizer_daemon.enqueue import Queue  # seconds of Optuna, which no other command needs
 
             try:
-                number = Queue.of_stopped_study(_run_of(study)).add(command, request.identity)
+                number = Queue.of_stopped_study(_run_of(study), study).add(command, request.identity)
             except UserError as error:
                 folder.refuse(request, str(error))
             else:

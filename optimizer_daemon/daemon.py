@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from optimizer_daemon.commands import RequestDesk
+from optimizer_daemon.database import Database
 from optimizer_daemon.display import LiveLine
 from optimizer_daemon.enqueue import Queue, pinned_values, stage_of
 from optimizer_daemon.failures import FailureStreak
@@ -130,16 +131,19 @@ class OptimizerDaemon:
         pinned = pinned_values(space, settings.max_epochs)
         self._run: Run = check_inputs(settings, self.layout, space, self._trainer, pinned)
         assert self._run.plan is not None and self._run.plan_hash is not None, "the evaluator scores this workload"
-        with begun(self._run, self.layout):
+        database = Database.of(self._run, self.layout)
+        database.announce()
+        with begun(self._run, self.layout, database):
             self._study = TuningStudy.open(
                 self._run.study_name,
-                self._run.storage,
+                database.url,
                 space,
                 seed=settings.seed,
                 folder_id=self._run.folder_id,
                 pinned=pinned,
                 stage=self._stage,
                 sampler=settings.sampler,
+                copy=database.copy,
             )
             refuse_unknown_trials(self._study, self.layout)
         self._objective = self._run.plan.scoring.objective

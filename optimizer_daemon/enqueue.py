@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from random import Random
 
+from optimizer_daemon.database import Database
 from optimizer_daemon.optuna_adapter.study import TuningStudy
 from optimizer_daemon.search.expressions import Value
 from optimizer_daemon.search.load import load_space
 from optimizer_daemon.search.parameters import CategoricalParameter, Parameter
 from optimizer_daemon.search.space import SearchSpace
 from shared.errors import UserError
+from shared.layout import StudyLayout
 from shared.schemas import Run
 from shared.schemas.requests import Enqueue
 
@@ -45,21 +47,23 @@ class Queue:
     seed: int
 
     @classmethod
-    def of_stopped_study(cls, run: Run) -> Queue:
+    def of_stopped_study(cls, run: Run, layout: StudyLayout) -> Queue:
         """Open the queue of a study that no daemon runs, under the settings of its last run."""
         name, seed, epochs = (run.settings.get(flag) for flag in ("search-space", "seed", "max-epochs"))
         assert isinstance(name, str) and isinstance(seed, int), "run.json holds every setting"
         max_epochs = epochs if isinstance(epochs, int) else None
         space = load_space(name)
         pinned = pinned_values(space, max_epochs)
+        database = Database.of(run, layout)
         study = TuningStudy.open(
             run.study_name,
-            run.storage,
+            database.url,
             space,
             seed=seed,
             folder_id=run.folder_id,
             pinned=pinned,
             stage=stage_of(max_epochs),
+            copy=database.copy,
         )
         return cls(study, space, pinned, seed)
 

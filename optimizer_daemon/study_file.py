@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from optimizer_daemon.database import Database, default_url, require_local
 from optimizer_daemon.dataset_files import caption_extension, dataset_files, require_same_files
 from optimizer_daemon.settings import OptimizerSettings
 from shared.errors import LabError, SettingsError, StudyMismatchError
@@ -78,6 +79,7 @@ def find_run(
         UnreadableFileError: run.json is damaged.
     """
     shown = _shown(settings)
+    require_local(settings.storage)
     try:
         run = read_kept(study.run, Run)
     except FileNotFoundError:
@@ -88,7 +90,7 @@ def find_run(
         run = _made(settings, study, shown, now, trainer_version, clip_skip)
     else:
         _refuse_changes(run, settings, shown)
-        if run.storage == _storage(None, study) and not study.database.exists() and study.list_trials():
+        if run.storage == default_url(study) and not Database.of(run, study).is_there and study.list_trials():
             raise StudyMismatchError(
                 f"{study.root} holds trials but no {study.database.name}; put its database back, or choose another "
                 "--output-dir"
@@ -144,7 +146,7 @@ def require_inputs(settings: OptimizerSettings) -> tuple[Path, Path]:
 
 
 @contextmanager
-def begun(run: Run, study: StudyLayout) -> Iterator[None]:
+def begun(run: Run, study: StudyLayout, database: Database) -> Iterator[None]:
     """Write run.json around the opening of the database; a first start that fails there leaves nothing of either.
 
     run.json comes before a new database, for a database without it is refused; but it only says that an older study
@@ -157,8 +159,7 @@ def begun(run: Run, study: StudyLayout) -> Iterator[None]:
         yield
     except LabError:
         if first:
-            for suffix in ("", "-wal", "-shm", "-journal"):
-                study.database.with_name(study.database.name + suffix).unlink(missing_ok=True)
+            database.discard(study)
             study.run.unlink()
         raise
     if not first:
@@ -249,7 +250,7 @@ def _made(
     return Run(
         folder_id=secrets.token_hex(8),
         study_name=settings.study_name,
-        storage=_storage(settings.storage, study),
+        storage=settings.storage or default_url(study),
         workload=WORKLOAD,
         score_source="evaluator",
         status="running",
@@ -337,10 +338,6 @@ def _with_same_data_set(run: Run, settings: OptimizerSettings) -> Run:
         require_unchanged(run.pictures.held_out, "held-out")
         require_unchanged(run.pictures.training, "training")
     return run.model_copy(update={"dataset_files": files})
-
-
-def _storage(asked: str | None, study: StudyLayout) -> str:
-    return asked or f"sqlite:///{study.database.absolute()}"
 
 
 def _shown(settings: OptimizerSettings) -> Shown:

@@ -11,6 +11,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from optimizer_daemon.database import Database
 from optimizer_daemon.optuna_adapter.importances import importances
 from optimizer_daemon.results import DIRECTION
 from shared.commands import run_command
@@ -77,7 +78,8 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"{error.filename}: no such file; name a study folder with results") from error
     assert trials.direction == DIRECTION, "the pictures say that lower is better"
     _write(study.results.optimization_history, history_figure(trials))
-    _write(study.results.param_importances, importances_figure(trials, importances(run.study_name, run.storage)))
+    shares = importances(run.study_name, Database.of(run, study).readable_url)
+    _write(study.results.param_importances, importances_figure(trials, shares))
     return 0
 
 

@@ -43,6 +43,13 @@ def open_storage(storage_url: str) -> RDBStorage:
         raise not_opened(storage_url, error) from error
 
 
+def file_of(storage_url: str) -> Path:
+    """Return the file of a SQLite URL."""
+    file = make_url(storage_url).database
+    assert file is not None, f"{storage_url} names no file"
+    return Path(file)
+
+
 def not_opened(storage_url: str, error: Exception) -> LabError:
     """Return what to do about a database that does not open."""
     cause = error

@@ -7,7 +7,8 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, ParamSpec, Self, TypeVar
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -16,16 +17,16 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from sqlalchemy.exc import SQLAlchemyError
 
 from optimizer_daemon.optuna_adapter.history import is_infeasible
+from optimizer_daemon.optuna_adapter.live_copy import OWNER, LiveCopy
 from optimizer_daemon.optuna_adapter.models import SAMPLERS
 from optimizer_daemon.optuna_adapter.sampler import DRAW, FeasibleSampler, curve_of
-from optimizer_daemon.optuna_adapter.storage import not_opened, open_storage
+from optimizer_daemon.optuna_adapter.storage import file_of, not_opened, open_storage
 from optimizer_daemon.search.curves import Curve
 from optimizer_daemon.search.expressions import Value
 from optimizer_daemon.search.space import SearchSpace
 from shared.errors import ResourceError, StudyMismatchError
 from shared.failpoints import reach
 
-_OWNER = "owner"
 _SPACE = "search_space"
 _RULES = "search_rules"
 _REASON = "reason"
@@ -95,6 +96,20 @@ def _with_remedy(method: Callable[P, R]) -> Callable[P, R]:
     return explained
 
 
+def _changing(method: Callable[Concatenate[TuningStudy, P], R]) -> Callable[Concatenate[TuningStudy, P], R]:
+    """Bring the copy of the database up to date before anybody learns of what a method did; see `_with_remedy`."""
+
+    @_with_remedy
+    @functools.wraps(method)
+    def published(study: TuningStudy, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        result = method(study, *args, **kwargs)
+        if study._copy is not None:
+            study._copy.publish()
+        return result
+
+    return published
+
+
 class TuningStudy:
     """One Optuna study. Any method raises ResourceError when the database fails.
 
@@ -102,9 +117,15 @@ class TuningStudy:
     """
 
     def __init__(
-        self, study: optuna.Study, sampler: FeasibleSampler, stage: str | None, close: Callable[[], None]
+        self,
+        study: optuna.Study,
+        sampler: FeasibleSampler,
+        stage: str | None,
+        close: Callable[[], None],
+        copy: LiveCopy | None = None,
     ) -> None:
         self.close = close
+        self._copy = copy
         self._study = study
         self._sampler = sampler
         self._stage = stage
@@ -121,6 +142,7 @@ class TuningStudy:
         pinned: Mapping[str, Value] | None = None,
         stage: str | None = None,
         sampler: str = "tpe",
+        copy: Path | None = None,
     ) -> Self:
         """Open or make the study.
 
@@ -133,6 +155,8 @@ class TuningStudy:
             pinned: parameters of `space` that have one value in this run and stay out of Optuna's model.
             stage: recorded with every draw of this run.
             sampler: a name of SAMPLERS.
+            copy: where a whole copy of the SQLite database is kept; the study is continued from it where it is the
+                later of the two.
 
         Raises:
             StudyMismatchError: the study belongs to another folder or has other parameters.
@@ -141,6 +165,7 @@ class TuningStudy:
             DiskError: the disk is full.
         """
         feasible = FeasibleSampler(space, seed, pinned or {}, SAMPLERS.load(sampler))
+        kept = None if copy is None else LiveCopy.prepared(file_of(storage_url), copy, name, folder_id)
         storage = open_storage(storage_url)
         with contextlib.ExitStack() as refused:
             refused.callback(storage.engine.dispose)  # a refused database is left as it was, without SQLite's log
@@ -153,17 +178,20 @@ class TuningStudy:
                 _check_space(study, _RULES, space.rules())
             except (StorageInternalError, SQLAlchemyError) as error:
                 raise not_opened(storage_url, error) from error
-            refused.pop_all()
-        return cls(study, feasible, stage, storage.engine.dispose)
+            if kept is not None:
+                refused.callback(kept.close)
+                kept.publish()
+            opened = refused.pop_all()
+        return cls(study, feasible, stage, opened.close, kept)
 
-    @_with_remedy
+    @_changing
     def ask(self) -> Draw:
         """Draw a new trial, or take the next one in line; the draw is stored whole before anything else."""
         trial = self._study.ask()
         reach("optimizer.asked")
         return self._completed(trial)
 
-    @_with_remedy
+    @_changing
     def running(self) -> list[Draw]:
         """Return the trials that were drawn and not told, by number.
 
@@ -189,7 +217,7 @@ class TuningStudy:
             if DRAW in trial.user_attrs and trial.datetime_complete is not None
         ]
 
-    @_with_remedy
+    @_changing
     def enqueue(self, values: Mapping[str, Value], request: str, training_seed: int | None = None) -> int:
         """Put a configuration in line, which later calls of `ask` return first; return its number.
 
@@ -217,7 +245,7 @@ class TuningStudy:
         """How many trials were ever drawn."""
         return len(self._study.get_trials(deepcopy=False))
 
-    @_with_remedy
+    @_changing
     def report(self, number: int, epoch: int, value: float) -> None:
         """Store the objective measured at an epoch; a second value for the epoch replaces the first."""
         frozen = self._frozen(number)
@@ -225,7 +253,7 @@ class TuningStudy:
             # Trial.report would silently ignore the second value.
             self._study._storage.set_trial_intermediate_value(frozen._trial_id, epoch, value)
 
-    @_with_remedy
+    @_changing
     def tell_complete(self, number: int, value: float, infeasible_because: str | None) -> None:
         """Finish a trial with its measured value; one that failed its gate never wins. Harmless when repeated."""
         if self._frozen(number).state.is_finished():
@@ -237,7 +265,7 @@ class TuningStudy:
                 trial.set_constraint(_GATE, 1.0)
         self._study.tell(number, value)
 
-    @_with_remedy
+    @_changing
     def tell_failed(self, number: int, reason: str) -> None:
         """Finish a trial that has no value. Harmless when repeated."""
         if self._frozen(number).state.is_finished():
@@ -245,7 +273,7 @@ class TuningStudy:
         self._trial(number).set_user_attr(_REASON, reason)
         self._study.tell(number, state=TrialState.FAIL)
 
-    @_with_remedy
+    @_changing
     def tell_pruned(self, number: int, reason: str) -> None:
         """Finish a trial that was stopped as losing; what it reached is its curve. Harmless when repeated."""
         if self._frozen(number).state.is_finished():
@@ -312,14 +340,14 @@ def _draw_of(number: int, attributes: Mapping[str, Any], started: datetime | Non
 
 
 def _check_owner(study: optuna.Study, storage_url: str, folder_id: str) -> None:
-    owner = study.user_attrs.get(_OWNER)
+    owner = study.user_attrs.get(OWNER)
     if owner is None:
         if study.get_trials(deepcopy=False):
             raise StudyMismatchError(
                 f"{storage_url} holds a study {study.study_name!r} that no study folder of ours made; choose another "
                 "--study-name"
             )
-        study.set_user_attr(_OWNER, folder_id)
+        study.set_user_attr(OWNER, folder_id)
     elif owner != folder_id:
         raise StudyMismatchError(
             f"{storage_url}: study {study.study_name!r} belongs to folder {owner}, not to {folder_id}; choose another "

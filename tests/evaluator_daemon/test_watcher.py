@@ -2,41 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from evaluator_daemon.watcher import MAX_FAILURES, FolderWatch, Watches, mount_type
-
-MOUNTS = [
-    "22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw",
-    "30 22 0:30 / /mnt/c rw,noatime - 9p C:\\134 rw,dirsync,aname=drvfs",
-    "31 30 8:2 / /mnt/c/fast rw - xfs /dev/sdb rw",
-    "32 22 0:33 / /mnt/my\\040share rw - nfs4 server:/x rw",
-    "33 22 0:34 / /mnt/Büro\\040\\134040 rw - nfs4 server:/y rw",
-    "34 22 0:35 / /mnt/\udcff rw - cifs //server/z rw",
-    "35 22 0:36 / /mnt/a\u2028b\u00a0c rw - beegfs nodev rw",
-]
-
-
-@pytest.mark.parametrize(
-    ("folder", "kind"),
-    [
-        ("/home/me", "ext4"),
-        ("/mnt/c/x", "9p"),
-        ("/mnt/cc", "ext4"),
-        ("/mnt/c/fast/x", "xfs"),
-        ("/mnt/my share", "nfs4"),
-        ("/mnt/Büro \\040/study", "nfs4"),
-        ("/mnt/\udcff/study", "cifs"),
-        ("/mnt/a\u2028b\u00a0c/study", "beegfs"),
-    ],
-)
-def test_the_longest_mount_point_decides(folder, kind):
-    assert mount_type(Path(folder), os.fsencode("\n".join(MOUNTS)).splitlines()) == kind
+from evaluator_daemon.watcher import MAX_FAILURES, FolderWatch, Watches
 
 
 @pytest.mark.parametrize(
