@@ -317,6 +317,9 @@ class OptimizerDaemon:
     def _prune(self, live: LiveTrial) -> None:
         """End a training that is losing. Ended first: a crash in between lets it go on to its next score."""
         reason = self._runner.prune(live)
+        if self._runner.ended_well(live):
+            live.objection = ""  # it came to its end before the signal did: it is scored
+            return
         live.write_state(state="pruned", reason=reason, ended=now_local())
         log_change(_log, "trial pruned", trial=live.number, reason=reason)
         reach("optimizer.pruned")

@@ -114,3 +114,18 @@ def test_a_checkpoint_that_is_not_scored_yet_is_scored_before_the_study_is_told(
     assert trial_state(lab).state == "pruned"
     assert {1, 7} <= {point.epoch for point in trial_state(lab).curve}
     assert 7 in stored(lab).intermediate_values
+
+
+def test_a_training_that_ends_before_the_signal_takes_effect_is_scored(lab, tmp_path):
+    go_on = tmp_path / "go_on"
+    daemon = lab.optimizer("--n-trials", BAD, *EPOCHS, "--pruner-warmup-epochs", 1,
+                           env={"SCRIPTED_TRAINER": json.dumps({"deaf": True, "hold": str(go_on)})})  # fmt: skip
+    score_its_first_epoch(lab, daemon)
+    scored = f"checkpoint scored trial={BAD} epoch=1"
+    wait_until(lambda: scored in lab.log() or daemon.exit_status is not None, PATIENCE_S, daemon.said)
+    go_on.touch()  # the daemon waits for it to heed SIGTERM
+    assert daemon.wait(PATIENCE_S) == 0, daemon.said
+    state = trial_state(lab)
+    assert (state.state, state.reason) == ("complete", None)
+    assert state.value is not None
+    assert stored(lab).state is optuna.trial.TrialState.COMPLETE
