@@ -28,7 +28,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from evaluator_daemon.comparing import best_of, compare
 from examples.tiny_world.paths import BASE_MODEL, CLIP_MODEL, DATASET
 from optimizer_daemon.search.curves import Curve
 from optimizer_daemon.search.pruning import Pruner
@@ -37,6 +36,7 @@ from shared.durations import duration
 from shared.files import read_model
 from shared.layout import StudyLayout, TrialLayout
 from shared.schemas import EvaluationPlan, Metrics, Run, TrialParams, TrialState
+from shared.scores.comparing import best_of, compare
 
 HERE = Path(__file__).resolve().parent
 MARK = "LORA_TUNER_LIVE"
@@ -172,7 +172,6 @@ class CpuTime:
     def __init__(self, value: str) -> None:
         self._wanted = f"{MARK}={value}".encode()
         self._ours: dict[tuple[int, str], float] = {}
-        self._others: set[int] = set()
 
     @property
     def seconds(self) -> float:
@@ -182,7 +181,7 @@ class CpuTime:
         """Look at all processes."""
         ticks = os.sysconf("SC_CLK_TCK")
         for entry in Path("/proc").iterdir():
-            if not entry.name.isdecimal() or int(entry.name) in self._others:
+            if not entry.name.isdecimal():
                 continue
             with suppress(OSError):
                 if self._wanted not in (entry / "environ").read_bytes().split(b"\0"):
