@@ -135,8 +135,13 @@ def _declare_enqueue(parser: argparse.ArgumentParser) -> Run:
         "no rule of the search space is broken. Works whether or not the daemon runs."
     )
     _declare_study(parser)
-    parser.add_argument("parameters", nargs="+", metavar="NAME=VALUE", help="such as learning_rate=1e-4")
-    parser.add_argument("--training-seed", type=int, metavar="N", help="seed of its training (default: the study's)")
+    parser.add_argument("parameters", nargs="*", metavar="NAME=VALUE", help="such as learning_rate=1e-4")
+    parser.add_argument(
+        "--finalist-of", type=int, metavar="N", help="train the configuration of trial N again, with a fresh seed"
+    )
+    parser.add_argument(
+        "--training-seed", type=int, metavar="N", help="seed of its training (default: the study's; a finalist's own)"
+    )
 
     def enqueue(arguments: argparse.Namespace) -> int:
         from shared.errors import SettingsError
@@ -145,11 +150,19 @@ def _declare_enqueue(parser: argparse.ArgumentParser) -> Run:
         seed = arguments.training_seed
         if seed is not None and seed < 0:
             raise SettingsError("--training-seed", seed, "write 0 or more")
-        values = _pairs(arguments.parameters)
-        return _ask(
-            arguments,
-            Enqueue(kind="enqueue", parameters=values, training_seed=seed, asked_by="optimizer-daemon enqueue"),
+        of = arguments.finalist_of
+        if of is not None and of < 1:
+            raise SettingsError("--finalist-of", of, "trials are counted from 1")
+        if of is None and not arguments.parameters:
+            raise SettingsError("NAME=VALUE", None, "write the parameters you want, or a trial by --finalist-of")
+        command = Enqueue(
+            kind="enqueue",
+            parameters=_pairs(arguments.parameters),
+            finalist_of=of,
+            training_seed=seed,
+            asked_by="optimizer-daemon enqueue",
         )
+        return _ask(arguments, command)
 
     return enqueue
 

@@ -12,6 +12,7 @@ from optimizer_daemon.database import Database
 from optimizer_daemon.display import LiveLine
 from optimizer_daemon.enqueue import Queue, pinned_values, stage_of
 from optimizer_daemon.failures import FailureStreak
+from optimizer_daemon.finalists import line_up
 from optimizer_daemon.lifecycle import Action, next_action
 from optimizer_daemon.optuna_adapter.models import SAMPLERS
 from optimizer_daemon.optuna_adapter.study import TuningStudy
@@ -276,11 +277,18 @@ class OptimizerDaemon:
         if self._time_is_up or not left:
             if not self._live:
                 self._service.stop()
-        elif not self._desk.paused:
+        elif not self._desk.paused and self._finalist_may_come():
             draw = self._study.ask()
             live = live_trial(self.layout, draw, self._space, seed=self._settings.seed, time=now_local())
             self._live.append(live)
             self._service.wake()
+
+    def _finalist_may_come(self) -> bool:
+        """Put the next finalist in line where one is due; False where the searched trials must be scored first."""
+        repeated = [live.params.finalist_of for live in self._live]
+        running = [None if trial is None else trial - 1 for trial in repeated]
+        left = self._target - self._finished - len(running)
+        return line_up(self._study, self._stage, left, self._desk.settings.finalist_count, running)
 
     # --------------------------------------------------------------------------------------------- a trial's actions
 
@@ -302,6 +310,8 @@ class OptimizerDaemon:
             state="training", reason=None, attempt=attempt, resumes=resumes, curve=curve, started=now_local()
         )
         how: dict[str, Any] = {"from": "its saved state"} if action is Action.RESUME else {}
+        if live.params.finalist_of is not None:
+            how["finalist_of"] = live.params.finalist_of
         log_change(_log, "trial started", trial=f"{live.number} of {self._target}", attempt=attempt, **how)
         for line in format_parameters(live.params.parameters):
             _log.info(line)

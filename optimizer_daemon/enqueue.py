@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from optimizer_daemon.database import Database
-from optimizer_daemon.optuna_adapter.study import TuningStudy
+from optimizer_daemon.optuna_adapter.study import Draw, TuningStudy
 from optimizer_daemon.search.expressions import Value
 from optimizer_daemon.search.load import load_space
 from optimizer_daemon.search.parameters import CategoricalParameter, Parameter
@@ -76,10 +76,31 @@ class Queue:
         Raises:
             UserError: it does not fit the search space; the message names everything that is wrong.
         """
-        if command.finalist_of is not None:
-            raise UserError("finalist_of: finalists cannot be enqueued yet; leave it out to repeat a configuration")
-        values = self._completed(command.parameters, Random(f"{self.seed}/{identity}"))
-        return self.study.enqueue(values, identity, command.training_seed) + 1
+        repeated = None if command.finalist_of is None else self._complete_trial(command.finalist_of)
+        asked = dict(command.parameters)
+        if repeated is not None:
+            asked = self._as_in(repeated, asked)
+        values = self._completed(asked, Random(f"{self.seed}/{identity}"))
+        of = None if repeated is None else repeated.number
+        return self.study.enqueue(values, identity, command.training_seed, of) + 1
+
+    def _complete_trial(self, trial: int) -> Draw:
+        """Return the draw of a trial that has a score, by its number counted from 1."""
+        complete = (ended.draw for ended in self.study.ended() if ended.value is not None)
+        found = next((draw for draw in complete if draw.number == trial - 1), None)
+        if found is None:
+            raise UserError(f"finalist_of: there is no complete trial {trial}; a finalist repeats one that has a score")
+        return found
+
+    def _as_in(self, draw: Draw, asked: Mapping[str, Value]) -> dict[str, Value]:
+        """Return the values of a draw; those that were asked for besides have to be the same."""
+        complete = self.space.complete(draw.values)
+        if other := [f"{name} {value}" for name, value in asked.items() if complete.get(name) != value]:
+            raise UserError(
+                f"finalist_of: trial {draw.number + 1} has other values than {', '.join(other)}; leave them out, or "
+                "finalist_of"
+            )
+        return dict(draw.values)
 
     def _completed(self, asked: Mapping[str, Value], rng: Random) -> dict[str, Value]:
         """Return a value for each declared parameter; those not asked for are drawn around the others."""

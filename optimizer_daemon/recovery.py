@@ -7,6 +7,7 @@ from collections.abc import Mapping, Set
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from optimizer_daemon.finalists import fresh_seed
 from optimizer_daemon.lifecycle import ending_of
 from optimizer_daemon.runner import LiveTrial, Runner
 from optimizer_daemon.search.expressions import Value
@@ -95,6 +96,7 @@ def _mend(layout: StudyLayout, ended: Ended, space: SearchSpace, *, seed: int, t
         value=ended.value,
         feasible=None if ended.value is None else ended.reason is None,
         curve=curve,
+        finalist_of=params.finalist_of,
     )
     write_model(trial.state, state)
     log_change(_log, "trial_state.json rebuilt", level=logging.WARNING, trial=params.trial)
@@ -154,7 +156,13 @@ def live_trial(layout: StudyLayout, draw: Draw, space: SearchSpace, *, seed: int
         # A damaged state tells nothing; "training" lets the folder decide how far the trial got.
         name: TrialStateName = "training" if reading.set_aside is not None else "drawn"
         state = TrialState(
-            trial=params.trial, optuna_number=draw.number, state=name, attempt=1, drawn=draw.drawn, reason=None
+            trial=params.trial,
+            optuna_number=draw.number,
+            state=name,
+            attempt=1,
+            drawn=draw.drawn,
+            reason=None,
+            finalist_of=params.finalist_of,
         )
         write_model(trial.state, state)
     return LiveTrial(trial, params, state, TrainingLog(trial.training_log))
@@ -163,15 +171,17 @@ def live_trial(layout: StudyLayout, draw: Draw, space: SearchSpace, *, seed: int
 def params_of(draw: Draw, space: SearchSpace, seed: int) -> TrialParams:
     """Return what params.json says for a draw; `seed` is the study's."""
     complete: Mapping[str, Value] = space.complete(draw.values)
+    # One for all, so that trials differ by their parameters only; a finalist's score must owe nothing to it.
+    usual = seed if draw.finalist_of is None else fresh_seed(seed, draw.number)
     return TrialParams(
         trial=draw.number + 1,
         optuna_number=draw.number,
         parameters=dict(complete),
         derived=tuple(space.derived),
-        origin="enqueued" if draw.enqueued else "sampler",
+        origin="finalist" if draw.finalist_of is not None else "enqueued" if draw.enqueued else "sampler",
+        finalist_of=None if draw.finalist_of is None else draw.finalist_of + 1,
         stage=draw.stage,
-        # one for all, so that trials differ by their parameters only
-        training_seed=seed if draw.training_seed is None else draw.training_seed,
+        training_seed=usual if draw.training_seed is None else draw.training_seed,
     )
 
 

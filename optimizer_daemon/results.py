@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
+from optimizer_daemon.finalists import contenders
 from optimizer_daemon.goals import goals_against
 from optimizer_daemon.scores import FinalScore
 from shared.errors import DiskError, UnreadableFileError
@@ -80,7 +81,8 @@ def trial_result(params: TrialParams, state: TrialState) -> TrialResult:
         parameters=params.parameters,
         derived=params.derived,
         curve=state.curve,
-        finalist_of=state.finalist_of,
+        origin=params.origin,
+        finalist_of=params.finalist_of,
         started=state.started,
         ended=state.ended,
     )
@@ -106,9 +108,15 @@ def ranked(trials: AllTrials) -> list[TrialResult]:
 
 
 def winner(trials: AllTrials) -> TrialResult | None:
-    """Return the best trial that passed its gate."""
-    best = next(iter(ranked(trials)), None)
+    """Return the best trial that passed its gate; the best of the finalists where they have scores."""
+    last = trials.model_copy(update={"trials": tuple(contenders(trials.trials))})
+    best = next(iter(ranked(last)), None)
     return best if best is not None and best.feasible is not False else None
+
+
+def first_value(trials: AllTrials, finalist: TrialResult) -> float | None:
+    """Return the score of the trial that a finalist repeats."""
+    return next((trial.value for trial in trials.trials if trial.trial == finalist.finalist_of), None)
 
 
 def results_are_of(study: StudyLayout, trials: AllTrials) -> bool:
@@ -139,6 +147,8 @@ def write_results(study: StudyLayout, trials: AllTrials) -> None:
                 value=best.value,
                 checkpoint=trial.final_checkpoint.relative_to(study.root).as_posix(),
                 checkpoint_sha256=None if decided_by is None else decided_by.checkpoint_sha256,
+                finalist_of=best.finalist_of,
+                first_value=first_value(trials, best),
                 epoch=None if decided_by is None else decided_by.epoch,
                 parameters=best.parameters,
                 derived=best.derived,

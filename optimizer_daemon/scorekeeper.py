@@ -48,7 +48,8 @@ class ScoreKeeper:
         if new:
             live.write_state(curve=live.scores.curve)
             curve = _curve(live)
-            if live.state.state == "training" and self._pruner.name != "none" and curve is not None:
+            spared = self._pruner.name == "none" or live.params.finalist_of is not None  # its whole score is wanted
+            if live.state.state == "training" and not spared and curve is not None:
                 live.objection = self._pruner.objection(curve, self._study.peers()) or ""
 
     def tell(self, state: TrialState) -> None:

@@ -20,6 +20,8 @@ from shared.settings import DaemonSettings, load_settings, read_trainer_options
 COMMAND_LINES = {"command": ("command", "resume")}
 """By trainer: settings of its table that may be a whole command line."""
 
+DEFAULT_FINALISTS = 3  # of 15 trials or more
+
 ModelFamily = Literal["sd15", "sdxl"]
 
 
@@ -78,6 +80,12 @@ class OptimizerSettings(DaemonSettings):
         min_length=1,
         description="how parameters are drawn: tpe, gp, auto (gp and tpe in turns), cmaes, nsga2, random",
     )
+    finalists: int | None = Field(
+        None,
+        ge=0,
+        description="how many of the last trials train the best configurations again with fresh seeds; the winner is "
+        "named from them (default: with --sampler auto every fifth trial, at most 3; else none)",
+    )
     pruner: PrunerName = Field(
         "median",
         description="which running trainings are stopped by their scores: what is worse than the median of its peers, "
@@ -105,6 +113,13 @@ class OptimizerSettings(DaemonSettings):
     render_steps: int = Field(20, ge=1, description="sampling steps of the pictures")
 
     _trainer_options: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @property
+    def finalist_count(self) -> int:
+        """How many of the last trials are finalists, the default resolved."""
+        if self.finalists is not None:
+            return self.finalists
+        return min(DEFAULT_FINALISTS, self.n_trials // 5) if self.sampler == "auto" else 0
 
     @property
     def trainer_name(self) -> str:

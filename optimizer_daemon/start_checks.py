@@ -33,6 +33,12 @@ def check_inputs(
         UserError: something of it will not do; nothing was written.
         ContractError: run.json is damaged.
     """
+    if settings.finalists is not None and settings.finalists >= settings.n_trials:
+        raise SettingsError(
+            "--finalists",
+            settings.finalists,
+            f"these are the last of --n-trials {settings.n_trials}; leave one or more to the search",
+        )
     trials = _trials(settings, space, pinned)
     given = _given(settings, trials)
     version = trainer.check_input(given) if isinstance(trainer, ChecksInput) else None

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from optimizer_daemon.results import all_trials, ranked, winner
 from optimizer_daemon.runner import now_local
+from optimizer_daemon.summary import finalist_line
 from shared.errors import UnreadableFileError, UserError
 from shared.files import read_model
 from shared.layout import StudyLayout, TrialLayout, expected_checkpoints
@@ -50,6 +51,7 @@ def study_status(study: StudyLayout, top: int) -> dict[str, Any]:
         "failed": sum(trial.state == "failed" for trial in trials.trials),
         "target": settings.get("n-trials"),
         "best": None if best is None else best.trial,
+        "best_is": None if best is None or best.finalist_of is None else finalist_line(trials, best),
         "top": [_row(study, trial, every) for trial in ranked(trials)[:top]],
         "under_way": [_row(study, trial, every) for trial in trials.trials if trial.state in _UNDER_WAY],
         "quarantined": [row for trial in study.list_trials() for row in _quarantined(trial, damaged)],
@@ -86,9 +88,12 @@ def status_text(status: dict[str, Any]) -> str:
     if status["top"]:
         lines += ["", f"{'trial':>5}  {status['objective']:>14}  parameters"]
     for trial in status["top"]:
-        mark = "" if trial["feasible"] is not False else "  (failed its gate)"
+        mark = "" if trial["finalist_of"] is None else f"  (trial {trial['finalist_of']} again)"
+        mark += "" if trial["feasible"] is not False else "  (failed its gate)"
         shown = "  ".join(f"{name}={_short(value)}" for name, value in trial["parameters"].items())
         lines.append(f"{trial['trial']:>5}  {trial['value']:>14.4f}  {shown}{mark}")
+    if status["best"] is not None:
+        lines += ["", f"winner: trial {status['best']}{f', {best_is}' if (best_is := status['best_is']) else ''}"]
     return "\n".join(lines)
 
 
@@ -126,6 +131,7 @@ def _row(study: StudyLayout, trial: TrialResult, every: Any) -> dict[str, Any]:
         "checkpoints_seen": len(study.trial(trial.trial).list_checkpoints()),
         "checkpoints_expected": expected,
         "curve": [(point.epoch, point.value) for point in trial.curve],
+        "finalist_of": trial.finalist_of,
         "parameters": trial.parameters,
     }
 

@@ -45,6 +45,7 @@ _FREE = {
     "timeout",
     "device",
     "gpu_policy",
+    "finalists",
     "pruner",
     "pruner_warmup_epochs",
     "sd_scripts_dir",

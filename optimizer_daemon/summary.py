@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from optimizer_daemon.results import ranked, winner
+from optimizer_daemon.results import first_value, ranked, winner
 from optimizer_daemon.runner import LiveTrial
 from optimizer_daemon.search.space import format_parameters
 from shared.durations import duration
 from shared.layout import StudyLayout
-from shared.schemas import AllTrials
+from shared.schemas import AllTrials, TrialResult
 
 
 def ended_text(study: StudyLayout, trials: AllTrials, finished: int, target: int) -> str:
@@ -26,6 +26,8 @@ def ended_text(study: StudyLayout, trials: AllTrials, finished: int, target: int
         return "\n".join(lines)
     trial = study.trial(best.trial)
     lines += ["", f"Winner: trial {best.trial}, {trials.objective} {best.value:.4f} (lower is better)"]
+    if best.finalist_of is not None:
+        lines.append(finalist_line(trials, best))
     lines += format_parameters(best.parameters)
     lines += [
         "",
@@ -34,6 +36,13 @@ def ended_text(study: StudyLayout, trials: AllTrials, finished: int, target: int
         f"results   {study.results.folder}",
     ]
     return "\n".join(lines)
+
+
+def finalist_line(trials: AllTrials, finalist: TrialResult) -> str:
+    """Say what a winning finalist repeats."""
+    first = first_value(trials, finalist)
+    score = "" if first is None else f", which had {first:.4f}"
+    return f"a finalist: the configuration of trial {finalist.finalist_of}{score}, trained again with a fresh seed"
 
 
 def stopped_text(live: Sequence[LiveTrial], finished: int, target: int) -> str:

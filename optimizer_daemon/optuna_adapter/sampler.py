@@ -20,7 +20,7 @@ from optimizer_daemon.search.space import SearchSpace
 
 DRAW = "draw"
 """User attribute of a trial: {"stage": ..., "values": the whole draw}, stored before anything is suggested; with
-"request" and "training_seed" where somebody asked for it."""
+"request" and "training_seed" where somebody asked for it, and "finalist_of" for one that is trained again."""
 
 EPOCHS = "max_train_epochs"
 

@@ -46,6 +46,7 @@ class Draw:
         drawn: when.
         enqueued: somebody asked for it.
         training_seed: seed of its training; None for the usual one.
+        finalist_of: number of the trial whose configuration this is, counted from 0; None for no finalist.
     """
 
     number: int
@@ -54,6 +55,7 @@ class Draw:
     drawn: datetime
     enqueued: bool = False
     training_seed: int | None = None
+    finalist_of: int | None = None
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,13 @@ class TuningStudy:
         ]
 
     @_changing
-    def enqueue(self, values: Mapping[str, Value], request: str, training_seed: int | None = None) -> int:
+    def enqueue(
+        self,
+        values: Mapping[str, Value],
+        request: str,
+        training_seed: int | None = None,
+        finalist_of: int | None = None,
+    ) -> int:
         """Put a configuration in line, which later calls of `ask` return first; return its number.
 
         Harmless when repeated: a request has one trial.
@@ -227,8 +235,11 @@ class TuningStudy:
             values: a value for each declared parameter.
             request: identity of the request for it.
             training_seed: seed of its training; None for the usual one.
+            finalist_of: number of the trial whose configuration it repeats as a finalist.
         """
         draw = {"stage": self._stage, "values": dict(values), "request": request, "training_seed": training_seed}
+        if finalist_of is not None:
+            draw["finalist_of"] = finalist_of
         while (number := self._number_of(request)) is None:
             # In one transaction: no crash leaves it in line without what it is.
             self._study.add_trial(create_trial(state=TrialState.WAITING, user_attrs={DRAW: draw}))
@@ -336,6 +347,7 @@ def _draw_of(number: int, attributes: Mapping[str, Any], started: datetime | Non
         started.astimezone(),
         enqueued="request" in stored,
         training_seed=stored.get("training_seed"),
+        finalist_of=stored.get("finalist_of"),
     )
 
 

@@ -182,6 +182,12 @@ class BestParameters(VersionedFile):
         default=None, description="Checkpoint that decided it, relative to the study folder."
     )
     checkpoint_sha256: Sha256 | None = Field(default=None, description="Identity of that checkpoint.")
+    finalist_of: TrialNumber | None = Field(
+        default=None, description="The trial it repeats with a fresh seed, where it is a finalist."
+    )
+    first_value: float | None = Field(
+        default=None, description="That trial's own objective, which it was chosen by: luck may have a part in it."
+    )
     epoch: Epoch | None = Field(default=None, description="Its epoch.")
     parameters: dict[str, Scalar] = Field(description="Every hyperparameter, the derived ones too.")
     derived: tuple[Name, ...] = Field(default=(), description="Which parameters were computed rather than drawn.")
@@ -208,6 +214,9 @@ class TrialResult(Record):
     parameters: dict[str, Scalar] = Field(description="Every hyperparameter, the derived ones too.")
     derived: tuple[Name, ...] = Field(default=(), description="Which parameters were computed rather than drawn.")
     curve: tuple[CurvePoint, ...] = Field(default=(), description="Objective of the scored checkpoints, by epoch.")
+    origin: Literal["sampler", "enqueued", "finalist"] = Field(
+        default="sampler", description="Where its values come from."
+    )
     finalist_of: TrialNumber | None = Field(default=None, description="The trial this one repeats with a fresh seed.")
     started: Time | None = Field(default=None, description="When its training started.")
     ended: Time | None = Field(default=None, description="When it reached its final state.")

@@ -25,9 +25,20 @@ class Enqueue(Request):
     """Run this configuration next. It is refused, with every failing rule, where it breaks a constraint."""
 
     kind: Literal["enqueue"] = Field(description="The command.")
-    parameters: dict[str, Scalar] = Field(min_length=1, description="Hyperparameters; the sampler draws the others.")
-    finalist_of: TrialNumber | None = Field(default=None, description="The trial this one repeats.")
+    parameters: dict[str, Scalar] = Field(
+        default_factory=dict,
+        description="Hyperparameters; the sampler draws the others. None are needed of a finalist.",
+    )
+    finalist_of: TrialNumber | None = Field(
+        default=None, description="A complete trial, which this one repeats with a fresh seed; null for none."
+    )
     training_seed: int | None = Field(default=None, ge=0, description="Seed of the training; null for the usual one.")
+
+    @model_validator(mode="after")
+    def _says_what(self) -> Self:
+        if not self.parameters and self.finalist_of is None:
+            raise ValueError("parameters are needed, or finalist_of")
+        return self
 
 
 class Pause(Request):

@@ -20,7 +20,7 @@ SCRIPT = Path(__file__).with_name("scripted_trainer.py")
 
 
 class ScriptedTrainer:
-    """The nearer learning_rate to 1e-4, the better the score."""
+    """The nearer learning_rate to 1e-4, the better the score; a training seed of its own adds a little."""
 
     def plan(
         self,
@@ -31,6 +31,7 @@ class ScriptedTrainer:
         resume: ResumePoint | None = None,
     ) -> LaunchPlan:
         score = abs(math.log10(float(params.parameters["learning_rate"])) + 4)
+        score += (params.training_seed - int(run.settings["seed"])) % 1000 * 1e-5
         numbers = (params.max_train_epochs, run.settings["save-every-n-epochs"], score)
         program = ("-m", SCRIPT.stem) if _is_preloaded() else ("-S", str(SCRIPT))
         argv = (sys.executable, *program, str(trial.folder), trial.output_name, *map(str, numbers))

@@ -6,7 +6,9 @@ import pytest
 
 from optimizer_daemon.commands import RequestDesk, changed_settings
 from optimizer_daemon.enqueue import Queue
+from optimizer_daemon.finalists import fresh_seed
 from optimizer_daemon.optuna_adapter.study import TuningStudy
+from optimizer_daemon.recovery import params_of
 from optimizer_daemon.search.space import parse_space
 from optimizer_daemon.settings import OptimizerSettings
 from shared.errors import SettingsError, UserError
@@ -66,6 +68,38 @@ def test_what_is_enqueued_comes_before_any_draw_and_in_order(queue):
     assert (first.values, first.enqueued) == ({"rate": 2e-5, "dim": 8, "max_train_epochs": 4}, True)
     assert (second.values["dim"], second.enqueued, queue.space.validate(second.values)) == (16, True, [])
     assert (third.number, third.enqueued, queue.study.queued) == (2, False, 0)
+
+
+def test_a_finalist_repeats_a_complete_trial_whole_and_with_a_seed_of_its_own(queue):
+    first, _ = queue.study.ask(), queue.study.ask()
+    queue.study.tell_complete(0, 0.5, None)
+    asked = {"kind": "enqueue", "finalist_of": 1}
+    assert queue.add(Enqueue.model_validate(asked), "again") == 3
+    assert queue.add(Enqueue.model_validate({**asked, "parameters": {"dim": first.values["dim"]}}), "checked") == 4
+    draw = queue.study.ask()
+    assert (draw.values, draw.finalist_of) == (first.values, 0)
+    params = params_of(draw, queue.space, 1)
+    assert (params.origin, params.finalist_of, params.training_seed) == ("finalist", 1, fresh_seed(1, 2))
+    given = queue.add(Enqueue.model_validate({**asked, "training_seed": 5}), "seeded")
+    queue.study.ask()
+    assert params_of(queue.study.ask(), queue.space, 1).training_seed == given == 5
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        pytest.param({"finalist_of": 2}, "no complete trial 2", id="it has no score"),
+        pytest.param({"finalist_of": 9}, "no complete trial 9", id="there is none"),
+        pytest.param({"finalist_of": 1, "parameters": {"dim": 5, "rate": 1}}, "other values than dim 5, rate 1",
+                     id="with other values"),
+    ],
+)  # fmt: skip
+def test_a_finalist_of_nothing_measured_is_refused(queue, asked, message):
+    queue.study.ask(), queue.study.ask()
+    queue.study.tell_complete(0, 0.5, None)
+    with pytest.raises(UserError, match=message):
+        queue.add(Enqueue.model_validate({"kind": "enqueue", **asked}), "bad")
+    assert queue.study.queued == 0
 
 
 def test_a_repeated_request_has_one_trial_whatever_became_of_it(queue):

@@ -758,6 +758,11 @@ STUDIES = [
         ("--gpu-policy: 'never'", "input should be 'share' or 'defer'"),
         flags("--gpu-policy", "never"),
     ),
+    Case(
+        "flags: finalists alone",
+        ("--finalists: 30", "leave one or more to the search"),
+        flags("--finalists", 30),
+    ),
     Case("study: another plan", ("--num-samples: 2 -> 4",), flags("--num-samples", 4)),
     Case("study: another space", ("--search-space:", "space.toml -> v1"), flags("--search-space", "v1")),
     Case(

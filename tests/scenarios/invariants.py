@@ -214,6 +214,11 @@ def _end(study: StudyLayout, finished: int) -> Iterator[str]:
     if {t.trial: (t.state, t.value) for t in listed.trials} != {n: (s.state, s.value) for n, s in states.items()}:
         yield "results/all_trials.json differs from the trials' own files"
     feasible = [(state.value, number) for number, state in complete.items() if state.feasible is not False]
+    origins = {number: read_model(study.trial(number).params, TrialParams).origin for number in states}
+    searched = max((number for number, origin in origins.items() if origin == "sampler"), default=0)
+    after = [(value, number) for value, number in feasible if number > searched]
+    if any(origins[number] == "finalist" for _, number in after):
+        feasible = after
     if feasible:
         best = read_model(study.results.best_parameters, BestParameters)
         if (best.value, best.trial) != min(feasible):

@@ -1,0 +1,114 @@
+"""Which trial is trained again at a stage's end, and which one the winner is named from."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+
+from optimizer_daemon.finalists import contenders, due, fresh_seed
+from optimizer_daemon.optuna_adapter.study import Draw, Ended
+from optimizer_daemon.settings import OptimizerSettings
+from shared.schemas import TrialResult
+
+TIME = datetime(2025, 11, 15, 10, 23, 45, tzinfo=UTC)
+
+
+def ended(number: int, rate: float, value: float | None, *, of: int | None = None, enqueued: bool = False,
+          reason: str | None = None, pruned: bool = False, stage: str | None = None) -> Ended:  # fmt: skip
+    draw = Draw(number, {"rate": rate, "dim": 8}, stage, TIME, enqueued=enqueued or of is not None, finalist_of=of)
+    return Ended(draw, value, pruned, reason, {}, TIME)
+
+
+FIVE = [
+    ended(0, 0.1, 0.5),
+    ended(1, 0.2, 0.2),
+    ended(2, 0.3, 0.1, reason="image 0 is black"),
+    ended(3, 0.4, None, reason="worse", pruned=True),
+    ended(4, 0.5, 0.3),
+]
+"""Trials 1, 4 and 0 may be finalists, the best first."""
+
+
+@pytest.mark.parametrize(
+    ("trials", "left", "count", "running", "of"),
+    [
+        pytest.param(FIVE, 3, 3, (), 1, id="the best of those that passed their gate comes first"),
+        pytest.param(FIVE, 4, 3, (), None, id="the search goes on until the last ones"),
+        pytest.param(FIVE, 0, 3, (), None, id="none is left"),
+        pytest.param(FIVE, 1, 0, (), None, id="none is asked for"),
+        pytest.param(FIVE, 4, 4, (), None, id="with fewer configurations than finalists the search goes on"),
+        pytest.param(FIVE, 2, 3, (1,), 4, id="what runs already is not taken twice"),
+        pytest.param([*FIVE, ended(5, 0.2, 0.9, of=1)], 2, 3, (), 4, id="what was made is not made again"),
+        pytest.param([*FIVE, ended(5, 0.2, 0.9, of=1, reason="black")], 2, 3, (), 4,
+                     id="a finalist that fails its gate is one all the same"),
+        pytest.param([*FIVE, ended(5, 0.2, None, of=1, reason="oom")], 3, 3, (), 4,
+                     id="after a failed one the next best comes first"),
+        pytest.param([*FIVE, ended(5, 0.2, None, of=1, reason="oom"), ended(6, 0.5, 0.3, of=4),
+                      ended(7, 0.1, 0.3, of=0)], 1, 3, (), 1, id="and it is tried again at last"),
+        pytest.param([*FIVE, ended(5, 0.2, 0.5, enqueued=True)], 1, 3, (), 4,
+                     id="a configuration counts by the mean of its scores"),
+        pytest.param([*FIVE, ended(5, 0.2, 0.9, of=1), ended(6, 0.6, 0.4)], 1, 3, (), 4,
+                     id="a finalist that a search came after is a trial like others"),
+        pytest.param([*FIVE, ended(5, 0.7, 0.01, stage="8 epochs")], 1, 3, (), 1, id="other stages do not count"),
+    ],
+)  # fmt: skip
+def test_the_next_finalist(trials, left, count, running, of):
+    repeat = due(trials, None, left, count, running)
+    assert (None if repeat is None else repeat.of) == of
+    if repeat is not None:
+        assert repeat.values == trials[repeat.of].draw.values
+
+
+def test_every_try_and_every_end_of_the_search_is_a_request_of_its_own():
+    again = [*FIVE, ended(5, 0.2, None, of=1, reason="oom"), ended(6, 0.5, 0.3, of=4), ended(7, 0.1, 0.3, of=0)]
+    later = [*again, ended(8, 0.6, 0.4)]
+    requests = [due(trials, None, 1, 3).request for trials in (FIVE, again, later)]
+    assert len(set(requests)) == 3
+
+
+def test_a_fresh_seed_is_no_other_finalists_and_never_the_studys():
+    seeds = [fresh_seed(42, number) for number in range(50)]
+    assert len({*seeds, 42}) == 51
+    assert seeds[0] == fresh_seed(42, 0)
+    taken = fresh_seed(7, 3)
+    assert fresh_seed(taken, 3) != taken
+
+
+def result(trial: int, value: float | None, origin: str = "sampler", *, feasible: bool = True) -> TrialResult:
+    return TrialResult(
+        trial=trial, optuna_number=trial - 1, state="failed" if value is None else "complete", value=value,
+        feasible=feasible, parameters={}, origin=origin, finalist_of=1 if origin == "finalist" else None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("trials", "expected"),
+    [
+        pytest.param([result(1, 0.2), result(2, 0.3)], [1, 2], id="without finalists all of them"),
+        pytest.param([result(1, 0.2), result(2, 0.3, "finalist")], [2], id="else the finalists"),
+        pytest.param([result(1, 0.2), result(2, None, "finalist")], [1, 2], id="a failed one is none"),
+        pytest.param([result(1, 0.2), result(2, 0.1, "finalist", feasible=False)], [1, 2], id="nor one at its gate"),
+        pytest.param([result(1, 0.2), result(2, 0.3, "finalist"), result(3, 0.4)], [1, 2, 3],
+                     id="nor one that a search came after"),
+        pytest.param([result(1, 0.2), result(2, 0.3, "finalist"), result(3, 0.4, "enqueued")], [2, 3],
+                     id="what people ask for afterwards contends with them"),
+    ],
+)  # fmt: skip
+def test_the_winner_is_named_from_the_finalists(trials, expected):
+    assert [trial.trial for trial in contenders(trials)] == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "count"),
+    [
+        ({}, 0),
+        ({"sampler": "auto"}, 3),
+        ({"sampler": "auto", "n_trials": 10}, 2),
+        ({"sampler": "auto", "n_trials": 4}, 0),
+        ({"sampler": "auto", "finalists": 0}, 0),
+        ({"finalists": 5}, 5),
+    ],
+)
+def test_how_many_there_are(flags, count):
+    assert OptimizerSettings(**flags).finalist_count == count
