@@ -310,10 +310,11 @@ def in_order(trials: Iterable[TrialOverview], objective: Objective) -> tuple[Tri
     return tuple(sorted(trials, key=key))
 
 
-def seconds_left(trials: Iterable[TrialOverview], target: int | None, now: datetime) -> float | None:
+def seconds_left(trials: Iterable[TrialOverview], target: int | None, now: datetime, *, slots: int = 1) -> float | None:
     """Estimate the work left: the mean time of a finished trial for each one that is missing, less what ran already.
 
-    Trials are taken to run one after the other.
+    Args:
+        slots: how many trials run at once.
 
     Returns:
         Seconds; 0 when the target is reached, None when no trial is finished or no target known.
@@ -335,7 +336,7 @@ def seconds_left(trials: Iterable[TrialOverview], target: int | None, now: datet
     mean = sum(took) / len(took)
     running = [trial.started for trial in trials if trial.state == "training" and trial.trainer_alive and trial.started]
     spent = sum(min(mean, max(timedelta(), now - started).total_seconds()) for started in running[:left])
-    return left * mean - spent
+    return (left * mean - spent) / min(slots, left)
 
 
 def latest(troubles: Iterable[Trouble | None]) -> Trouble | None:

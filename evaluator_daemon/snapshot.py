@@ -123,7 +123,7 @@ class StudyReader:
             target=target,
             finished=sum(trial.state in ("complete", "pruned") for trial in trials),
             failed=sum(trial.state == "failed" for trial in trials),
-            eta_s=seconds_left(trials, target, now),
+            eta_s=seconds_left(trials, target, now, slots=run.slots if run is not None else 1),
             queue=_queue(trials, manager if evaluator_alive else None),
             quarantined=len(quarantined),
             last_quarantine=latest(quarantined),

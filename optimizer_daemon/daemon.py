@@ -34,12 +34,12 @@ from optimizer_daemon.search.load import load_space
 from optimizer_daemon.search.pruning import Pruner
 from optimizer_daemon.search.space import format_parameters
 from optimizer_daemon.settings import OptimizerSettings
+from optimizer_daemon.slots import Slots, Standing
 from optimizer_daemon.start_checks import check_inputs
 from optimizer_daemon.study_file import begun, rewritten
 from optimizer_daemon.summary import ended_text, progress_fields, progress_parts, seconds, seconds_left, stopped_text
 from optimizer_daemon.trainers import TRAINERS
-from optimizer_daemon.trainers.base import Prepares
-from shared.devices import gpu_uuid, require_device, resolve_device
+from optimizer_daemon.trainers.base import Prepares, starts_apart
 from shared.durations import duration
 from shared.errors import LabError, SettingsError, Stopped
 from shared.failpoints import reach
@@ -53,10 +53,10 @@ from shared.schemas.optimizer import RunStatus
 from shared.service import Service
 from shared.settings import make_writable_folder
 from shared.supervise import STOP_TIMEOUT_S
+from shared.supervised import stop_together
 from shared.watch_script import write_watch_script
 
 TICK_S = 1.0
-MOST_UNSCORED = 2  # trainings that ended and wait for their score, for each slot
 
 _STARTS = (Action.TRAIN, Action.RESUME, Action.REDO, Action.EVALUATE)
 
@@ -106,7 +106,7 @@ class OptimizerDaemon:
         self._space = load_space(self._settings.search_space)
         self._trainer = TRAINERS.load(self._settings.trainer_name)
         SAMPLERS.load(self._settings.sampler)
-        require_device(self._settings.device)
+        self._slots = Slots.of(self._settings, apart=starts_apart(self._trainer))
         make_writable_folder("--output-dir", self.layout.root)
         # A signal counts from here to the last line: a second one must not kill us while the trainings are stopped.
         with FileLock(self.layout.optimizer_lock), self._service.signals():
@@ -152,12 +152,10 @@ class OptimizerDaemon:
         pruner = Pruner("none" if never else settings.pruner, settings.pruner_warmup_epochs)
         reader = ScoreReader(self._run.plan_hash, self._objective)
         self._scores = ScoreKeeper(self._study, reader, pruner, self._objective)
-        threads = self._run.threads_per_process
-        self._scoring = ScoringCommand(self._evaluator, settings.device, threads, self._clock)
-        gpu = gpu_uuid(resolve_device(settings.device))
+        self._scoring = ScoringCommand(self._evaluator, self._run.threads_per_process, self._clock)
         if isinstance(self._trainer, Prepares):
             self._trainer.prepare(self._run, self.layout)
-        self._runner = Runner(self._trainer, self._run, gpu, settings.gpu_policy)
+        self._runner = Runner(self._trainer, self._run, settings.gpu_policy)
         self._pictures = PictureRefresh(self.layout)
         requests = RequestFolder(self.layout, "optimizer")
         queue = Queue(self._study, space, pinned, settings.seed)
@@ -196,7 +194,7 @@ class OptimizerDaemon:
         """Stop every training so that the next start goes on with it, and say what was saved."""
         self._line.clear()
         if not at_once:
-            log_change(_log, "stopping", reason=reason, trainings=sum(live.process is not None for live in self._live))
+            log_change(_log, "stopping", reason=reason, trainings=sum(live.is_training for live in self._live))
         try:
             self._stop_trainings(0.0 if at_once else STOP_TIMEOUT_S)
         except Stopped:
@@ -210,8 +208,8 @@ class OptimizerDaemon:
         self._line.say(stopped_text(self._live, self._finished, self._target))
 
     def _stop_trainings(self, term_timeout_s: float) -> None:
-        for live in self._live:
-            self._runner.stop(live, term_timeout_s=term_timeout_s, kill_timeout_s=KILL_TIMEOUT_S)
+        processes = [live.process for live in self._live if live.process is not None]
+        stop_together(processes, term_timeout_s=term_timeout_s, kill_timeout_s=KILL_TIMEOUT_S)
         self._scoring.stop()
 
     # ------------------------------------------------------------------------------------------------------ one tick
@@ -228,7 +226,8 @@ class OptimizerDaemon:
                 pass
         self._draw_trials()
         self._pictures.poll()
-        progress = progress_parts(self._live, self._trials, self._finished, self._target, paused=self._desk.paused)
+        so_far = (self._trials, self._finished, self._target)
+        progress = progress_parts(self._live, *so_far, slots=len(self._slots), paused=self._desk.paused)
         self._line.draw(progress)
         self._service.status(", ".join(progress))
         self._ticking = False
@@ -237,14 +236,16 @@ class OptimizerDaemon:
         """Take one step with a trial; return whether another may follow at once."""
         self._look_at_training(live)
         self._scores.look(live)
-        view = self._runner.view(live, told=live not in self._live, evaluator_busy=self._evaluator_is_busy(live))
+        waits = live.state.state in ("trained", "pruned")
+        busy = waits and self._scoring.others_score(live.layout, self.layout)
+        view = self._runner.view(live, told=live not in self._live, evaluator_busy=busy)
         action = next_action(view, self._clock())
         if action in _STARTS and (self._service.stopping or (self._desk.paused and action is Action.TRAIN)):
             return False
         match action:
             case Action.TRAIN | Action.RESUME | Action.REDO:
-                if self._scoring_comes_first(live) or not self._runner.may_start(live):
-                    return False  # somebody still works on the GPU it is to have alone
+                if not self._runner.may_start(live, self._slots.free_for_training(self._standings(but=live))):
+                    return False  # no slot is free, or somebody still works on the GPU it is to have alone
                 self._train(live, action)
             case Action.STOP_HUNG | Action.STOP_DIVERGED:
                 self._fail(live, self._runner.give_up(live, action))
@@ -256,7 +257,7 @@ class OptimizerDaemon:
                 live.write_state(state="trained", reason=None)
                 log_change(_log, "training ended", trial=live.number, checkpoints=live.scores.seen)
             case Action.EVALUATE:
-                self._scoring.start(live.layout)
+                self._scoring.start(live.layout, self._slots.scoring_device(self._standings()))
             case Action.COMPLETE:
                 self._complete(live)
             case Action.FAIL:
@@ -267,10 +268,8 @@ class OptimizerDaemon:
         return action not in (Action.WATCH, Action.EVALUATE, Action.WAIT, Action.NOTHING)
 
     def _draw_trials(self) -> None:
-        """Ask for a trial when there is a slot, a trial left to run and not too much to score."""
-        training = sum(live.state.state not in ("trained", "pruned") for live in self._live)
-        unscored = 0 if self._settings.gpu_policy == "defer" else MOST_UNSCORED
-        if training or len(self._live) > unscored or self._service.stopping:
+        """Ask for a trial when another may begin and one is left to run."""
+        if self._service.stopping or not self._slots.may_draw(self._standings()):
             return
         # What somebody asked for is run even where enough trials are finished.
         left = self._finished + len(self._live) < self._target or self._study.queued > 0
@@ -292,11 +291,6 @@ class OptimizerDaemon:
 
     # --------------------------------------------------------------------------------------------- a trial's actions
 
-    def _scoring_comes_first(self, live: LiveTrial) -> bool:
-        """Under `defer` a training begins when no other trial waits for its scores."""
-        others = (other for other in self._live if other is not live)
-        return self._settings.gpu_policy == "defer" and any(other.state.state == "trained" for other in others)
-
     def _train(self, live: LiveTrial, action: Action) -> None:
         attempt, resumes, curve = live.state.attempt, live.state.resumes, live.state.curve
         if action is Action.REDO:
@@ -306,12 +300,12 @@ class OptimizerDaemon:
         elif action is Action.RESUME:
             resumes += 1
         # Written before the start: a crash in between is found as a training that never began.
-        live.write_state(
-            state="training", reason=None, attempt=attempt, resumes=resumes, curve=curve, started=now_local()
-        )
+        where: dict[str, Any] = {"gpu": live.gpu, "started": now_local()}
+        live.write_state(state="training", reason=None, attempt=attempt, resumes=resumes, curve=curve, **where)
         how: dict[str, Any] = {"from": "its saved state"} if action is Action.RESUME else {}
         if live.params.finalist_of is not None:
             how["finalist_of"] = live.params.finalist_of
+        how |= {"gpu": live.gpu} if live.gpu is not None else {}
         log_change(_log, "trial started", trial=f"{live.number} of {self._target}", attempt=attempt, **how)
         for line in format_parameters(live.params.parameters):
             _log.info(line)
@@ -376,7 +370,7 @@ class OptimizerDaemon:
                 **fields,
                 took=duration(seconds(state.started, state.ended)),
                 finished=self._finished,
-                study_eta=duration(seconds_left(self._trials, self._target - self._finished)),
+                study_eta=duration(seconds_left(self._trials, self._target - self._finished, len(self._slots))),
             )
         self._failures.remember(state.reason if state.state == "failed" else None)
 
@@ -401,14 +395,8 @@ class OptimizerDaemon:
         timeout = self._desk.settings.timeout
         return timeout is not None and self._clock() - self._begin >= timeout
 
-    def _evaluator_is_busy(self, live: LiveTrial) -> bool:
-        if live.state.state not in ("trained", "pruned"):
-            return False
-        return (
-            not self._scoring.ready
-            or FileLock.is_held(self.layout.manager_lock)
-            or FileLock.is_held(live.layout.evaluations.lock)
-        )
+    def _standings(self, but: LiveTrial | None = None) -> list[Standing]:
+        return [live.standing for live in self._live if live is not but]
 
     def _collect(self) -> AllTrials:
         self._in_stage = trials_of_stage(self.layout, self._stage)

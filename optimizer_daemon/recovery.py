@@ -20,7 +20,7 @@ from shared.layout import StudyLayout, TrialLayout
 from shared.logs import log_change
 from shared.schemas import CurvePoint, TrialParams, TrialState, TrialStateName
 from shared.supervise import STOP_TIMEOUT_S
-from shared.supervised import adopt
+from shared.supervised import adopt, stop_together
 
 if TYPE_CHECKING:
     from optimizer_daemon.optuna_adapter.study import Draw, Ended, TuningStudy
@@ -107,13 +107,14 @@ def end_left_trainings(layout: StudyLayout, reason: str, apart_from: Set[int] = 
 
     Only for whoever holds the optimizer's lock.
     """
-    ended = []
-    for trial in layout.list_trials():
-        process = None if trial.number is None or trial.number in apart_from else adopt(trial.folder)
-        if process is None or trial.number is None:
-            continue
-        process.stop(term_timeout_s=STOP_TIMEOUT_S, kill_timeout_s=KILL_TIMEOUT_S)
-        ended.append(trial.number)
+    left = {
+        trial.number: process
+        for trial in layout.list_trials()
+        if trial.number is not None and trial.number not in apart_from and (process := adopt(trial.folder)) is not None
+    }
+    stop_together(list(left.values()), term_timeout_s=STOP_TIMEOUT_S, kill_timeout_s=KILL_TIMEOUT_S)
+    for number, process in left.items():
+        trial = layout.trial(number)
         try:
             state = read_model(trial.state, TrialState)
             finished = ending_of(process.exit_record()) == "finished"
@@ -121,7 +122,7 @@ def end_left_trainings(layout: StudyLayout, reason: str, apart_from: Set[int] = 
             continue  # whoever starts next looks at the folder
         if state.state == "training" and not finished:
             write_model(trial.state, state.model_copy(update={"state": "interrupted", "reason": reason}))
-    return ended
+    return list(left)
 
 
 def sweep_leftovers(layout: StudyLayout) -> None:

@@ -9,11 +9,13 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import TypeGuard
 
 from optimizer_daemon.failures import WHERE
 from optimizer_daemon.lifecycle import Action, Ending, TrialView, ending_of, signal_of
 from optimizer_daemon.lora_training.memory import Memory, memory_that_ran_out
 from optimizer_daemon.scores import TrialScores
+from optimizer_daemon.slots import Standing
 from optimizer_daemon.trainers.base import LaunchPlan, Preloads, ResumePoint, Tidies, TrainerPlugin
 from optimizer_daemon.training_log import TrainingLog
 from shared.errors import (
@@ -62,6 +64,7 @@ class LiveTrial:
         last_progress: when, in seconds of the monotonic clock.
         first_not_finite: the step since which its loss is no number; None while it is one.
         step_seconds: seconds per step, as it said them.
+        gpu: the card it trains on, or is about to; None on a CPU.
         leases: GPUs taken for its next start.
         patience_s: how long it may stand still, where its plan says so.
     """
@@ -78,12 +81,24 @@ class LiveTrial:
     last_progress: float = 0.0
     first_not_finite: int | None = None
     step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=100))
+    gpu: str | None = None
     leases: list[GpuLease] = field(default_factory=list)
     patience_s: float = SHORTEST_PATIENCE_S
 
     @property
     def number(self) -> int:
         return self.state.trial
+
+    @property
+    def is_training(self) -> bool:
+        """Whether something of its trainer lives."""
+        return self.process is not None and self.process.is_alive
+
+    @property
+    def standing(self) -> Standing:
+        """How it stands to the slots."""
+        alive = self.is_training
+        return Standing(self.state.state, self.gpu, alive or bool(self.leases), alive and not _has_begun(self.progress))
 
     def write_state(self, **changes: object) -> None:
         """Write trial_state.json with these fields changed."""
@@ -97,14 +112,12 @@ class Runner:
     Args:
         trainer: who trains.
         run: the study.
-        gpu: UUID of the card that is trained on; None on a CPU, which needs no lease.
-        policy: how trainings and evaluations share it.
+        policy: how trainings and evaluations share a GPU.
     """
 
-    def __init__(self, trainer: TrainerPlugin, run: Run, gpu: str | None = None, policy: GpuPolicy = "share") -> None:
+    def __init__(self, trainer: TrainerPlugin, run: Run, policy: GpuPolicy = "share") -> None:
         self._trainer = trainer
         self._run = run
-        self._gpu = gpu
         self._policy = policy
         preload = trainer.preload(run) if isinstance(trainer, Preloads) else None
         self._preloaded = None if preload is None else Preloaded(preload)
@@ -114,19 +127,31 @@ class Runner:
         if self._preloaded is not None:
             self._preloaded.close()
 
-    def may_start(self, live: LiveTrial) -> bool:
+    def may_start(self, live: LiveTrial, free: Sequence[str | None]) -> bool:
         """Take the leases a trial trains under; False as long as others use a GPU it is to have alone.
 
         And False while what all trainings import is imported for the first time.
+
+        Args:
+            free: cards that it may train on, of which it gets the first that others let it; None is the CPU.
         """
-        held = {lease.gpu_uuid for lease in live.leases}
-        try:
-            for gpu, use in uses_of(self._gpu, self._policy, live.state.ran_short_of).items():
-                if gpu not in held:
-                    live.leases.append(GpuLease(gpu, use, inheritable=True).acquire())
-        except DeviceBusyError:
+        if not live.leases and not any(self._lease(live, gpu) for gpu in free):
             return False
         return self._preloaded is None or self._preloaded.settled()
+
+    def _lease(self, live: LiveTrial, gpu: str | None) -> bool:
+        """Take all leases for a training on this card, or none."""
+        uses = uses_of(gpu, self._policy, live.state.ran_short_of)
+        leases = [GpuLease(name, use, inheritable=True) for name, use in uses.items()]
+        try:
+            for lease in leases:
+                lease.acquire()
+        except DeviceBusyError:
+            for lease in leases:
+                lease.release()
+            return False
+        live.gpu, live.leases = gpu, leases
+        return True
 
     def start(self, live: LiveTrial, now: float) -> None:
         """Start the training; from its saved state where there is one."""
@@ -162,14 +187,14 @@ class Runner:
     def adopt(self, live: LiveTrial, now: float) -> bool:
         """Take over the trainer an earlier daemon left; False when nothing of it lives."""
         live.process = adopt(live.layout.folder)
-        live.last_progress = now
+        live.gpu, live.last_progress = live.state.gpu, now
         if live.process is not None:
             self._plan(live, None)  # for its patience
         return live.process is not None
 
     def _plan(self, live: LiveTrial, resume: ResumePoint | None) -> LaunchPlan:
         # The leased card by its name: numbers mean another card wherever CUDA_VISIBLE_DEVICES is set already.
-        plan = self._trainer.plan(live.params, live.layout, self._run, gpu=self._gpu or "", resume=resume)
+        plan = self._trainer.plan(live.params, live.layout, self._run, gpu=live.gpu or "", resume=resume)
         live.patience_s = SHORTEST_PATIENCE_S if plan.patience_s is None else plan.patience_s
         return plan
 
@@ -226,7 +251,7 @@ class Runner:
 
     def excuse(self, live: LiveTrial) -> None:
         """Write down that memory ran short beside others, so that the training begins again without being blamed."""
-        record = _exit_record(live.layout)
+        record = _exit_record(live)
         assert record is not None, "only a record tells of others"
         gpus = record.evaluators_on if signal_of(record) is None else ()
         reason = (
@@ -239,7 +264,7 @@ class Runner:
 
     def view(self, live: LiveTrial, *, told: bool, evaluator_busy: bool) -> TrialView:
         """Return the trial as it stands."""
-        alive = live.process is not None and live.process.is_alive
+        alive = live.is_training
         return TrialView(
             state=live.state.state,
             told=told,
@@ -261,7 +286,7 @@ class Runner:
 
     def ending(self, live: LiveTrial) -> Ending:
         """Return how the training of a trial ended."""
-        record = _exit_record(live.layout)
+        record = _exit_record(live)
         if record is None or record.exit_status == 0:
             return ending_of(record)
         lines = live.log.last_lines(QUOTED_LINES)
@@ -273,7 +298,7 @@ class Runner:
 
     def why_failed(self, live: LiveTrial) -> str:
         """Say why a training that ended has failed: cause, remedy, how far it was, its last lines."""
-        record, ending = _exit_record(live.layout), self.ending(live)
+        record, ending = _exit_record(live), self.ending(live)
         if record is not None and ending in ("failed", "squeezed"):
             lines = live.log.last_lines(QUOTED_LINES)
             return self._with_last_lines(live, self._trainer.diagnose(record, lines))
@@ -299,13 +324,14 @@ def uses_of(gpu: str | None, policy: GpuPolicy, ran_short_of: Sequence[str]) -> 
     """Return which leases a training takes, by GPU.
 
     Args:
-        gpu: the card it trains on; None on a CPU.
+        gpu: the card it trains on; None on a CPU, or where the trainer chooses one by itself.
         policy: of the study.
-        ran_short_of: memories that ran out beside an evaluator, which it is to have alone.
+        ran_short_of: memories that ran out beside an evaluator: it is to have its card alone, whichever that is now.
     """
-    usual: GpuUse = "exclusive trainer" if policy == "defer" else "sharing trainer"
-    uses: dict[str, GpuUse] = {} if gpu is None else {gpu: usual}
-    return uses | {name: "exclusive trainer" for name in ran_short_of if name != HOST}
+    short = [name for name in ran_short_of if name != HOST]
+    if gpu is None:
+        return dict.fromkeys(short, "exclusive trainer")
+    return {gpu: "exclusive trainer" if short or policy == "defer" else "sharing trainer"}
 
 
 def _lines(log: TrainingLog) -> Iterator[str]:
@@ -324,9 +350,14 @@ def _not_finite_steps(live: LiveTrial) -> int:
     return max(1, live.progress.step - live.first_not_finite + 1)
 
 
+def _has_begun(progress: Progress | None) -> TypeGuard[Progress]:
+    """Whether a training has taken its first step."""
+    return progress is not None and progress.preparing is None and progress.step > 0
+
+
 def _how_far(live: LiveTrial) -> str:
     progress = live.progress
-    if progress is None or progress.preparing is not None or progress.step == 0:
+    if not _has_begun(progress):
         return "before its first step"
     epoch = "" if progress.epoch is None else f" of epoch {progress.epoch}"
     return f"at step {progress.step}/{progress.steps}{epoch}"
@@ -336,11 +367,16 @@ def _memory_of(lines: list[str]) -> Memory | None:
     return memory_that_ran_out("\n".join(lines))
 
 
-def _exit_record(trial: TrialLayout) -> TrainerExit | None:
+def _exit_record(live: LiveTrial) -> TrainerExit | None:
+    """Return how the training ended; of the evaluators beside it those on its own card, where that is known."""
     try:
-        return SupervisedProcess(trial.folder, None).exit_record()
+        record = SupervisedProcess(live.layout.folder, None).exit_record()
     except UnreadableFileError:
         return None  # a damaged record says as little as none
+    if record is None or live.state.gpu is None:
+        return record
+    beside = tuple(gpu for gpu in record.evaluators_on if gpu == live.state.gpu)
+    return record.model_copy(update={"evaluators_on": beside})
 
 
 def _is_whole(trial: TrialLayout) -> bool:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import IO
 
 from shared.errors import ResourceError
-from shared.layout import TrialLayout
+from shared.layout import StudyLayout, TrialLayout
+from shared.locks import FileLock
 from shared.logs import log_change
 from shared.process import ProcessIdentity, child_environment, spawn, stop
 
@@ -40,14 +41,12 @@ class ScoringCommand:
 
     Args:
         command: the evaluator's program, before its verb.
-        device: where it renders.
         threads: CPU threads it may use.
         clock: monotonic time in seconds.
     """
 
-    def __init__(self, command: Sequence[str], device: str, threads: int, clock: Callable[[], float]) -> None:
+    def __init__(self, command: Sequence[str], threads: int, clock: Callable[[], float]) -> None:
         self._command = tuple(command)
-        self._device = device
         self._threads = threads
         self._clock = clock
         self._running: _Running | None = None
@@ -64,10 +63,14 @@ class ScoringCommand:
         """Whether `start` may be called: nothing runs, and the pause after a failure is over."""
         return self._running is None and self._clock() >= self._not_before
 
-    def start(self, trial: TrialLayout) -> None:
-        """Begin to score a trial's checkpoints. Main thread only."""
+    def others_score(self, trial: TrialLayout, study: StudyLayout) -> bool:
+        """Whether a trial's scores come without a new command, or none may start yet."""
+        return not self.ready or FileLock.is_held(study.manager_lock) or FileLock.is_held(trial.evaluations.lock)
+
+    def start(self, trial: TrialLayout, device: str) -> None:
+        """Begin to score a trial's checkpoints on a device. Main thread only."""
         output = tempfile.TemporaryFile()  # noqa: SIM115  closed by `poll` or `stop`
-        argv = [*self._command, "evaluate", "--trial", str(trial.folder), "--device", self._device]
+        argv = [*self._command, "evaluate", "--trial", str(trial.folder), "--device", device]
         environment = {**child_environment(), "OMP_NUM_THREADS": str(self._threads), "PYTHONUNBUFFERED": "1"}
         self._running = _Running(trial, spawn(argv, env=environment, stdout=output, stderr=output), output)
         log_change(_log, "scoring started", trial=trial.number, by="evaluator-daemon evaluate")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, field_validator
 
 from optimizer_daemon.search.load import preset_names as search_spaces
 from optimizer_daemon.search.pruning import PrunerName
@@ -54,6 +54,10 @@ class OptimizerSettings(DaemonSettings):
     max_epochs: int | None = Field(None, ge=1, description="train every trial for exactly this many epochs")
     timeout: float | None = Field(None, gt=0, description="seconds after which this run starts no new trial")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    gpus: str | None = Field(
+        None, description="train once on each of these GPUs, numbers with commas between (default: --device)"
+    )
+    jobs: int | None = Field(None, ge=1, description="trainings at once on --device (default: 1)")
     gpu_policy: GpuPolicy = Field(
         "share",
         description="share: score beside the training when memory allows; defer: train and score in turns, without "
@@ -113,6 +117,13 @@ class OptimizerSettings(DaemonSettings):
     render_steps: int = Field(20, ge=1, description="sampling steps of the pictures")
 
     _trainer_options: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @field_validator("gpus", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        """Take the list, or the one number, that people write in a TOML file."""
+        numbers = value if isinstance(value, list) else [value]
+        return ",".join(map(str, numbers)) if all(type(number) is int for number in numbers) else value
 
     @property
     def finalist_count(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,9 +34,12 @@ def study_status(study: StudyLayout, top: int) -> dict[str, Any]:
         raise UserError(f"{study.root} holds no study (no run.json); name the optimizer's --output-dir")
     objective = run.plan.scoring.objective if run is not None and run.plan is not None else "objective"
     settings = run.settings if run is not None else {}
+    gpus: dict[int, str] = {}
     for trial in study.list_trials():
         _read(trial.params, TrialParams, damaged)
-        _read(trial.state, TrialState, damaged)
+        state = _read(trial.state, TrialState, damaged)
+        if state is not None and state.gpu is not None:
+            gpus[state.trial] = state.gpu
     trials = all_trials(study, run.study_name if run is not None else study.root.name, objective, now_local())
     best = winner(trials)
     every = settings.get("save-every-n-epochs")
@@ -52,8 +55,8 @@ def study_status(study: StudyLayout, top: int) -> dict[str, Any]:
         "target": settings.get("n-trials"),
         "best": None if best is None else best.trial,
         "best_is": None if best is None or best.finalist_of is None else finalist_line(trials, best),
-        "top": [_row(study, trial, every) for trial in ranked(trials)[:top]],
-        "under_way": [_row(study, trial, every) for trial in trials.trials if trial.state in _UNDER_WAY],
+        "top": [_row(study, trial, every, gpus) for trial in ranked(trials)[:top]],
+        "under_way": [_row(study, trial, every, gpus) for trial in trials.trials if trial.state in _UNDER_WAY],
         "quarantined": [row for trial in study.list_trials() for row in _quarantined(trial, damaged)],
         "requests": [
             {"to": recipient, "file": path.name}
@@ -75,9 +78,10 @@ def status_text(status: dict[str, Any]) -> str:
     ]
     for trial in status["under_way"]:
         counted = f"{trial['checkpoints_seen']}/{trial['checkpoints_expected'] or '?'}"
+        on = f" on {trial['gpu'][:12]}" if trial["state"] == "training" and trial["gpu"] else ""
         curve = ", ".join(f"epoch {epoch}: {value:.4f}" for epoch, value in trial["curve"])
         lines.append(
-            f"trial {trial['trial']}: {trial['state']}, checkpoints {counted}{f', {curve}' if curve else ''}"
+            f"trial {trial['trial']}: {trial['state']}{on}, checkpoints {counted}{f', {curve}' if curve else ''}"
             + (f" ({trial['reason']})" if trial["reason"] else "")
         )
     for found in status["quarantined"]:
@@ -118,7 +122,7 @@ def _quarantined(trial: TrialLayout, damaged: list[str]) -> Iterator[dict[str, A
             }  # fmt: skip
 
 
-def _row(study: StudyLayout, trial: TrialResult, every: Any) -> dict[str, Any]:
+def _row(study: StudyLayout, trial: TrialResult, every: Any, gpus: Mapping[int, str]) -> dict[str, Any]:
     epochs = trial.parameters.get("max_train_epochs")
     expected = expected_checkpoints(epochs, every) if isinstance(epochs, int) and isinstance(every, int) else None
     return {
@@ -126,6 +130,7 @@ def _row(study: StudyLayout, trial: TrialResult, every: Any) -> dict[str, Any]:
         "optuna_number": trial.optuna_number,
         "state": trial.state,
         "reason": trial.reason,
+        "gpu": gpus.get(trial.trial),
         "value": trial.value,
         "feasible": trial.feasible,
         "checkpoints_seen": len(study.trial(trial.trial).list_checkpoints()),

@@ -19,6 +19,7 @@ from typing import Any
 from optimizer_daemon.database import Database, default_url, require_local
 from optimizer_daemon.dataset_files import caption_extension, dataset_files, require_same_files
 from optimizer_daemon.settings import OptimizerSettings
+from optimizer_daemon.slots import slot_count
 from shared.errors import LabError, SettingsError, StudyMismatchError
 from shared.files import read_kept, write_model
 from shared.held_out import require_unchanged, study_pictures, with_held_out
@@ -44,6 +45,8 @@ _FREE = {
     "max_epochs",
     "timeout",
     "device",
+    "gpus",
+    "jobs",
     "gpu_policy",
     "finalists",
     "pruner",
@@ -112,9 +115,13 @@ def find_run(
     trainer = run.trainer.model_copy(
         update={"python": here.python, "directory": here.directory, "family": here.family, "version": version}
     )
-    return run.model_copy(
+    run = run.model_copy(
         update={"status": "running", "updated": now, "settings": {**run.settings, **free}, "trainer": trainer}
     )
+    slots = slot_count(settings)
+    if slots == run.slots:
+        return run  # with as many threads as before
+    return run.model_copy(update={"slots": slots, "threads_per_process": threads_per_process(slots)})
 
 
 def trainer_of(settings: OptimizerSettings, version: str | None = None) -> Trainer:
@@ -217,9 +224,9 @@ def _captions_of(subset: Mapping[str, Any], beside: Path) -> list[str]:
     return [text.partition("\n")[0].strip() for text in texts or [subset.get("class_tokens", "")]]
 
 
-def threads_per_process() -> int:
-    """Return how many CPU threads a trainer and an evaluator get when both run."""
-    return max(1, len(os.sched_getaffinity(0)) // 2)
+def threads_per_process(slots: int) -> int:
+    """Return how many CPU threads each trainer and the evaluator get when all run."""
+    return max(1, len(os.sched_getaffinity(0)) // (slots + 1))
 
 
 def _made(
@@ -230,6 +237,7 @@ def _made(
     version: str | None,
     clip_skip: int,
 ) -> Run:
+    slots = slot_count(settings)
     base_model, dataset_config = require_inputs(settings)
     scoring, pictures = _measuring(settings, dataset_config)
     prompts = (
@@ -264,7 +272,8 @@ def _made(
         dataset_files=dataset_files(dataset_config, settings.trainer_options),
         trainer=trainer_of(settings, version),
         settings=shown,
-        threads_per_process=threads_per_process(),
+        slots=slots,
+        threads_per_process=threads_per_process(slots),
         versions={"python": platform.python_version()}
         | {name: version for name in _LIBRARIES if (version := _version(name)) is not None},
     )

@@ -62,17 +62,21 @@ def stopped_text(live: Sequence[LiveTrial], finished: int, target: int) -> str:
 
 
 def progress_parts(
-    live: Sequence[LiveTrial], trials: AllTrials, finished: int, target: int, *, paused: bool
+    live: Sequence[LiveTrial], trials: AllTrials, finished: int, target: int, *, slots: int, paused: bool
 ) -> list[str]:
-    """Return the parts of the live line: trials, what each does, the time left."""
+    """Return the parts of the live line: trials, what each does, the time left; where several train, less of each."""
     parts = [f"{finished}/{target} trials", *(["paused"] if paused else [])]
+    several = sum(trial.state.state == "training" for trial in live) > 1
     for trial in live:
         if trial.state.state == "training":
-            told = [f"{name} {value}" for name, value in progress_fields(trial).items()]
+            fields = progress_fields(trial)
+            if several:
+                fields = {name: value for name, value in fields.items() if name not in ("step", "loss", "s_per_step")}
+            told = [f"{name} {value}" for name, value in fields.items()]
             parts.append(f"trial {trial.number} training: {', '.join(told) or 'starting'}")
         elif trial.state.state == "trained":
             parts.append(f"trial {trial.number} scoring: {trial.scores.recorded}/{trial.scores.seen}")
-    left = seconds_left(trials, target - finished)
+    left = seconds_left(trials, target - finished, slots)
     return [*parts, f"about {duration(left)} left"] if left else parts
 
 
@@ -94,10 +98,10 @@ def progress_fields(live: LiveTrial) -> dict[str, Any]:
     return {name: value for name, value in known.items() if value is not None}
 
 
-def seconds_left(trials: AllTrials, left: int) -> float:
-    """Estimate from the finished trials how long `left` others take; they run one after the other."""
+def seconds_left(trials: AllTrials, left: int, slots: int) -> float:
+    """Estimate from the finished trials how long `left` others take, so many of them at once as there are slots."""
     took = [seconds(trial.started, trial.ended) for trial in trials.trials if trial.state in ("complete", "pruned")]
-    return max(0, left) * sum(took) / len(took) if took else 0.0
+    return left * sum(took) / len(took) / min(slots, left) if took and left > 0 else 0.0
 
 
 def seconds(start: datetime | None, end: datetime | None) -> float:

@@ -20,11 +20,9 @@ def require_device(device: str) -> None:
     """
     if not device.startswith("cuda"):
         return
-    count = cuda_device_count()
-    if count == 0 or _torch_is_cpu_build():
-        why = "the CUDA driver shows no device" if count == 0 else "the installed torch is a CPU build"
+    if why := why_no_cuda():
         raise ResourceError(f"--device {device}: {why}; repair that, or use --device cpu")
-    if int(device.partition(":")[2] or 0) >= count:
+    if int(device.partition(":")[2] or 0) >= (count := cuda_device_count()):
         raise ResourceError(f"--device {device}: there are only {count} CUDA devices, counted from 0; name another")
 
 
@@ -32,7 +30,14 @@ def resolve_device(device: str) -> str:
     """Turn "auto" into "cuda" where a CUDA driver shows a device and torch is no CPU build, else "cpu"."""
     if device != "auto":
         return device
-    return "cuda" if cuda_device_count() > 0 and not _torch_is_cpu_build() else "cpu"
+    return "cpu" if why_no_cuda() else "cuda"
+
+
+def why_no_cuda() -> str | None:
+    """Say why nothing can compute on CUDA here; None where something can."""
+    if cuda_device_count() == 0:
+        return "the CUDA driver shows no device"
+    return "the installed torch is a CPU build" if _torch_is_cpu_build() else None
 
 
 def cuda_device_count() -> int:

@@ -148,12 +148,23 @@ class Tidies(Protocol):
     """What a trainer may offer besides: a look, before each start of a training, at what a killed one left behind."""
 
     def tidy(self, trial: TrialLayout, run: Run) -> None:
-        """Remove what was left half written; no training of the study runs meanwhile.
+        """Remove what was left half written; trainings of the study that run meanwhile, if any, have begun to step
+        where the trainer `StartsApart`.
 
         Raises:
             LabError: it could not be removed.
         """
         ...
+
+
+@runtime_checkable
+class StartsApart(Protocol):
+    """What a trainer may say besides: before its first step a training writes files that others of the study use too,
+    such as latents beside the pictures, and not so that two may do it at once. Then none starts before every running
+    one has taken a step.
+    """
+
+    starts_apart: bool
 
 
 @runtime_checkable
@@ -173,6 +184,11 @@ class HoldsOut(Protocol):
     """
 
     holds_out: bool
+
+
+def starts_apart(trainer: object) -> bool:
+    """Tell whether trainings of a trainer may not prepare side by side."""
+    return isinstance(trainer, StartsApart) and trainer.starts_apart is True
 
 
 def holds_out(trainer: object) -> bool:

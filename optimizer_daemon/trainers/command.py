@@ -33,6 +33,7 @@ class CommandTrainer:
 
     # True by what `plan` refuses: a study with held-out pictures whose program might train on them.
     holds_out = True
+    starts_apart = True  # nobody knows what the program keeps beside the pictures
 
     def check_input(self, given: TrainerInput) -> None:
         """See that the table is whole and that the program and its folder are there.

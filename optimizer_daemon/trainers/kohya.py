@@ -39,6 +39,7 @@ class KohyaTrainer:
     """Stable Diffusion 1.5 and SDXL LoRA training by kohya's sd-scripts, in their own environment."""
 
     holds_out = True  # they are not among the links that kohya trains on
+    starts_apart = True  # a half-written file of latents is an error for whoever finds it
 
     def check_input(self, given: TrainerInput) -> str:
         """Look at the checkout, its environment, the base model, the data set and every setting of the trials.

@@ -72,6 +72,7 @@ class Run(VersionedFile):
     settings: dict[str, Scalar | tuple[Scalar, ...] | None] = Field(
         description="Effective settings of the optimizer daemon by flag name, without the dashes."
     )
+    slots: int = Field(default=1, ge=1, description="Trainings that may run at once.")
     threads_per_process: int = Field(ge=1, description="CPU threads each trainer and each evaluator gets.")
     versions: dict[str, str] = Field(description="Versions of this program, Python and the libraries in use.")
 
@@ -136,6 +137,9 @@ class TrialState(VersionedFile):
         default=(),
         description="Memory that ran out while others used it too: the host's, or GPUs by UUID. That is excused once: "
         "the trial trained again, with those GPUs to itself.",
+    )
+    gpu: Name | None = Field(
+        default=None, description="GPU this attempt's training runs or ran on, by UUID; null on a CPU."
     )
     drawn: Time = Field(description="When the parameters were drawn.")
     started: Time | None = Field(default=None, description="When this attempt's training started.")

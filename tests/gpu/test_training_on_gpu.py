@@ -64,6 +64,37 @@ def test_a_forked_training_computes_on_the_card_and_gives_its_memory_back(tmp_pa
     assert free_before - free_after < 16 * MIB
 
 
+def test_two_trainings_have_a_card_each(tmp_path, base, server):
+    """As `--gpus 0,1` starts them, from one preloaded process."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one CUDA device only")
+    torch.cuda.empty_cache()
+    before = [torch.cuda.mem_get_info(card)[0] for card in (0, 1)]
+    trainings = []
+    for card in (0, 1):
+        folder = tmp_path / str(card)
+        folder.mkdir()
+        config = Workshop(folder, base, tmp_path / "latents").configure(device="cuda", max_train_epochs=40)
+        trainings.append(
+            start_supervised(
+                [sys.executable, "-m", "optimizer_daemon.lora_training", "--config", str(config)],
+                directory=folder,
+                cwd=ROOT,
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu_uuid(f"cuda:{card}"))},
+                preloaded=server,
+            )
+        )
+    taken = [0, 0]
+    while all(training.is_alive for training in trainings):
+        taken = [max(taken[card], before[card] - torch.cuda.mem_get_info(card)[0]) for card in (0, 1)]
+        time.sleep(0.05)
+    assert all(training.wait(240) for training in trainings)
+    records = [training.exit_record() for training in trainings]
+    assert [record and record.exit_status for record in records] == [0, 0]
+    assert min(taken) > 64 * MIB, "each had memory of its own card while both ran"
+    assert all(before[card] - torch.cuda.mem_get_info(card)[0] < 16 * MIB for card in (0, 1))
+
+
 def test_a_stopped_training_goes_on_as_if_it_had_not_been(tmp_path, base):
     """Within rounding, for sums on a card have no fixed order; dropout asks the card's own generator."""
     settings = {"device": "cuda", "mixed_precision": "no", "network_dropout": 0.3, "optimizer_args": {"eps": 1e-3}}

@@ -35,7 +35,8 @@ class ScriptedTrainer:
         numbers = (params.max_train_epochs, run.settings["save-every-n-epochs"], score)
         program = ("-m", SCRIPT.stem) if _is_preloaded() else ("-S", str(SCRIPT))
         argv = (sys.executable, *program, str(trial.folder), trial.output_name, *map(str, numbers))
-        return LaunchPlan(argv, env={}, files={"train_config.toml": f"epochs = {params.max_train_epochs}\n"})
+        env = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+        return LaunchPlan(argv, env, files={"train_config.toml": f"epochs = {params.max_train_epochs}\n"})
 
     def preload(self, run: Run) -> Preload | None:
         return Preload(("struct",), {}, SCRIPT.parent) if _is_preloaded() else None

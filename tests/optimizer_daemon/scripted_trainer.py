@@ -2,7 +2,7 @@
 
 As a module it is the trainer plugin `scripted_trainer:TRAINER`; as a script it is the command that plugin plans.
 SCRIPTED_TRAINER in the environment holds its behaviour as JSON; `hold` names a file without which
-it does not get beyond epoch 1; `preloaded` has it forked from a server.
+it does not get beyond epoch 1, {} in it being its output name; `preloaded` has it forked from a server.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ def train(folder: Path, output_name: str, epochs: int, every: int, score: float)
         sys.exit(143)
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN if behaviour["deaf"] else save_and_exit)
-    print(f"training from epoch {done + 1}", flush=True)
+    print(f"training from epoch {done + 1} on {os.environ.get('CUDA_VISIBLE_DEVICES') or 'the CPU'}", flush=True)
+    hold = behaviour["hold"].replace("{}", output_name)
     for epoch in range(done + 1, epochs + 1):
         time.sleep(behaviour["epoch_s"])
-        while epoch == 2 and behaviour["hold"] and not Path(behaviour["hold"]).exists():
+        while epoch == 2 and hold and not Path(hold).exists():
             time.sleep(0.05)
         if epoch == behaviour["exit_at_epoch"]:
             print("RuntimeError: CUDA out of memory", flush=True)

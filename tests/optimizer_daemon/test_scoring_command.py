@@ -35,8 +35,8 @@ def finish(scoring: ScoringCommand) -> None:
 
 def test_the_command_gets_the_trial_and_the_device_and_scores_one_at_a_time(trial):
     code = "import sys, pathlib; pathlib.Path(sys.argv[3], 'seen').write_text(' '.join(sys.argv[1:]))"
-    scoring = ScoringCommand((sys.executable, "-S", "-c", code), "cpu", 1, Clock())
-    scoring.start(trial)
+    scoring = ScoringCommand((sys.executable, "-S", "-c", code), 1, Clock())
+    scoring.start(trial, "cpu")
     assert (scoring.scored_now, scoring.ready) == (trial, False)
     finish(scoring)
     assert scoring.ready
@@ -45,16 +45,16 @@ def test_the_command_gets_the_trial_and_the_device_and_scores_one_at_a_time(tria
 
 def test_a_failure_is_tried_again_after_growing_pauses_and_the_last_one_quotes_what_was_said(trial):
     clock = Clock()
-    scoring = ScoringCommand((sys.executable, "-S", "-c", "import sys; sys.exit('no such model')"), "cpu", 1, clock)
+    scoring = ScoringCommand((sys.executable, "-S", "-c", "import sys; sys.exit('no such model')"), 1, clock)
     for failure in range(MOST_FAILURES - 1):
-        scoring.start(trial)
+        scoring.start(trial, "cpu")
         finish(scoring)
         pause = FIRST_PAUSE_S * 2**failure
         clock.now += pause - 0.1
         assert not scoring.ready
         clock.now += 0.2
         assert scoring.ready
-    scoring.start(trial)
+    scoring.start(trial, "cpu")
     with pytest.raises(ResourceError, match=r"failed 3 times in a row \(exit status 1\).*it said: no such model"):
         finish(scoring)
 
@@ -63,17 +63,17 @@ def test_a_success_forgets_the_failures_before_it(trial):
     flag = trial.folder / "model"
     code = f"import sys, pathlib; sys.exit(not pathlib.Path({str(flag)!r}).exists())"
     clock = Clock()
-    scoring = ScoringCommand((sys.executable, "-S", "-c", code), "cpu", 1, clock)
+    scoring = ScoringCommand((sys.executable, "-S", "-c", code), 1, clock)
     for there in (False, False, True, False, False):
         flag.touch() if there else flag.unlink(missing_ok=True)
-        scoring.start(trial)
+        scoring.start(trial, "cpu")
         finish(scoring)
         clock.now += 1000
 
 
 def test_stop_ends_the_command_and_leaves_nothing_running(trial):
-    scoring = ScoringCommand((sys.executable, "-S", "-c", "import time; time.sleep(600)"), "cpu", 1, Clock())
-    scoring.start(trial)
+    scoring = ScoringCommand((sys.executable, "-S", "-c", "import time; time.sleep(600)"), 1, Clock())
+    scoring.start(trial, "cpu")
     begin = time.monotonic()
     scoring.stop()
     assert time.monotonic() - begin < 60

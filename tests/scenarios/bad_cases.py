@@ -344,6 +344,15 @@ SETTINGS = [
     Case("flag: not a number", ("--cfg-scale: 'nan'", "finite number"), flags("--cfg-scale", "nan")),
     Case("flag: no such device name", ("--device: 'gpu'", "auto, cpu, cuda or cuda:N"), flags("--device", "gpu")),
     Case("flag: a GPU that is not there", ("--device cuda:99", "--device cpu"), flags("--device", "cuda:99"), code=4),
+    Case(
+        "flag: GPUs on a machine without",
+        ("--gpus: '0,1'", "use --device cpu and --jobs"),
+        flags("--gpus", "0,1", "--device", "auto"),
+    ),
+    Case("flag: no GPUs at all", ("--gpus: ''", "such as 0,1"), flags("--gpus=")),
+    Case("flag: a GPU named twice", ("--gpus: '1,1'", "GPU 1 is named twice"), flags("--gpus", "1,1")),
+    Case("flag: both GPUs and jobs", ("--jobs: 2", "leave it out", "--gpus 0,1"), flags("--gpus", "0,1", "--jobs", 2)),
+    Case("flag: no jobs", ("--jobs: '0'", "greater than or equal to 1"), flags("--jobs", 0)),
     Case("status: no study", ("study holds no study (no run.json)", "--output-dir"), World.status),
     Case("status: fewer trials than one", ("--top: 0", "one trial or more"), lambda world: world.status("--top", 0)),
 ]

@@ -31,7 +31,10 @@ class QuickLab(Lab):
     def optimizer(
         self, *flags: object, failpoints: str = "", env: Mapping[str, str] | None = None, hold: str = ""
     ) -> Daemon:
-        """Start the daemon; its trainings wait after their first epoch until the file `hold` exists."""
+        """Start the daemon; its trainings wait after their first epoch until the file `hold` exists.
+
+        A file for each where it holds {}, which stands for the training's output name.
+        """
         command = [sys.executable, str(SCRIPTS / "launch.py"), "--config", str(self.study_file), *map(str, flags)]
         scripted = {"SCRIPTED_TRAINER": json.dumps({"hold": hold}), **(env or {})}
         return Daemon("optimizer", command, self.environment(failpoints, scripted), self.folder / "optimizer.out")

@@ -52,8 +52,8 @@ def test_the_next_training_waits_for_every_score_under_defer_alone(tmp_path: Pat
         pytest.param("GPU-1", "share", (), {"GPU-1": "sharing trainer"}, id="share"),
         pytest.param("GPU-1", "defer", (), {"GPU-1": "exclusive trainer"}, id="defer"),
         pytest.param("GPU-1", "share", ("GPU-1",), {"GPU-1": "exclusive trainer"}, id="alone after it ran short"),
-        pytest.param("GPU-1", "share", ("GPU-2", "host"), {"GPU-1": "sharing trainer", "GPU-2": "exclusive trainer"},
-                     id="alone on the other card that ran short"),
+        pytest.param("GPU-1", "share", ("GPU-2",), {"GPU-1": "exclusive trainer"}, id="alone on another card, too"),
+        pytest.param("GPU-1", "share", ("host",), {"GPU-1": "sharing trainer"}, id="the host's memory is no card's"),
         pytest.param(None, "share", ("GPU-2",), {"GPU-2": "exclusive trainer"}, id="a card the daemon does not know"),
     ],
 )  # fmt: skip
@@ -62,28 +62,28 @@ def test_the_leases_of_a_training(gpu, policy, ran_short_of, uses):
 
 
 def trial(*ran_short_of: str) -> Any:
-    return SimpleNamespace(leases=[], state=SimpleNamespace(ran_short_of=ran_short_of))
+    return SimpleNamespace(leases=[], gpu=None, state=SimpleNamespace(ran_short_of=ran_short_of))
 
 
 def test_trainers_of_two_studies_see_each_other_and_the_evaluators(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     plugin: Any = None
     run: Any = None
-    share, defer = Runner(plugin, run, "GPU-1", "share"), Runner(plugin, run, "GPU-1", "defer")
+    share, defer = Runner(plugin, run, "share"), Runner(plugin, run, "defer")
     one, two, alone = trial(), trial(), trial()
     with GpuLease("GPU-1", "evaluator"):
-        assert share.may_start(one)
-        assert share.may_start(two), "sharing trainers run beside each other and beside an evaluator"
-        assert not defer.may_start(alone)
-    assert not defer.may_start(alone), "the other study's trainings still run"
+        assert share.may_start(one, ["GPU-1"])
+        assert share.may_start(two, ["GPU-1"]), "sharing trainers run beside each other and beside an evaluator"
+        assert not defer.may_start(alone, ["GPU-1"])
+    assert not defer.may_start(alone, ["GPU-1"]), "the other study's trainings still run"
     for live in (one, two):
         live.leases.pop().release()
-    assert defer.may_start(alone)
-    assert defer.may_start(alone), "asked again it keeps what it has"
+    assert defer.may_start(alone, ["GPU-1"])
+    assert defer.may_start(alone, ["GPU-1"]), "asked again it keeps what it has"
     assert len(alone.leases) == 1
-    assert not share.may_start(one)
+    assert not share.may_start(one, ["GPU-1"])
     with pytest.raises(DeviceBusyError, match="GPU-1 is in use"):
         GpuLease("GPU-1", "evaluator").acquire()
     alone.leases.pop().release()
-    assert share.may_start(one)
+    assert share.may_start(one, ["GPU-1"])
     one.leases.pop().release()

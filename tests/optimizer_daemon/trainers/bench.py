@@ -77,6 +77,7 @@ class Bench:
         self.trial: TrialLayout = self.study.trial(1)
         self.trial.folder.mkdir(parents=True)
         self.runner = Runner(self.plugin, self.run)
+        self.gpu: str | None = None
         self._borrowed = beside is not None
         if beside is not None:
             self.runner._preloaded = beside.runner._preloaded
@@ -102,7 +103,7 @@ class Bench:
     def start(self) -> None:
         """Start the training as soon as the runner would, from its saved state where there is one."""
         deadline = time.monotonic() + PATIENCE_S
-        while not self.runner.may_start(self.live):
+        while not self.runner.may_start(self.live, [self.gpu]):
             assert time.monotonic() < deadline, "it may never start"
             time.sleep(0.05)
         self.runner.start(self.live, time.monotonic())

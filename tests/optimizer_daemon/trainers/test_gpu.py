@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from optimizer_daemon.runner import Runner
 from shared.errors import DiskError
 from tests.optimizer_daemon.trainers.bench import Bench
 from tests.optimizer_daemon.trainers.test_contract import COMMAND
@@ -26,7 +25,7 @@ def test_a_program_sees_the_leased_card_alone(
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")  # the daemon's own, of which card is one
     with Bench(tmp_path, "command", SAYS) as bench:
-        bench.runner = Runner(bench.plugin, bench.run, card)
+        bench.gpu = card
         bench.start()
         bench.finish()
         assert said in bench.log
