@@ -12,13 +12,14 @@ from typing import Any
 from optimizer_daemon.disk import estimate, weights_per_rank
 from optimizer_daemon.enqueue import pinned_values
 from optimizer_daemon.optuna_adapter.feasible import FeasibleSpace
-from optimizer_daemon.optuna_adapter.models import SAMPLERS
+from optimizer_daemon.optuna_adapter.models import load_sampler
 from optimizer_daemon.optuna_adapter.study import Draw, TuningStudy
 from optimizer_daemon.recovery import params_of
 from optimizer_daemon.runner import now_local
 from optimizer_daemon.search.expressions import Value
 from optimizer_daemon.search.lint import DRAWS, Lint, lint
 from optimizer_daemon.search.load import load_space
+from optimizer_daemon.search.objectives import split
 from optimizer_daemon.search.space import SearchSpace, format_parameters
 from optimizer_daemon.settings import OptimizerSettings
 from optimizer_daemon.start_checks import check_inputs
@@ -41,7 +42,7 @@ def check(settings: OptimizerSettings) -> dict[str, Any]:
     """
     space = load_space(settings.search_space)
     trainer = TRAINERS.load(settings.trainer_name)
-    SAMPLERS.load(settings.sampler)
+    load_sampler(settings.sampler, len(split(settings.objectives or "")) or 1)
     pinned = pinned_values(space, settings.max_epochs)
     feasible = FeasibleSpace.of(space, pinned)
     rng = Random(settings.seed)

@@ -14,7 +14,7 @@ from optimizer_daemon.enqueue import Queue, pinned_values, stage_of
 from optimizer_daemon.failures import FailureStreak
 from optimizer_daemon.finalists import line_up
 from optimizer_daemon.lifecycle import Action, next_action
-from optimizer_daemon.optuna_adapter.models import SAMPLERS
+from optimizer_daemon.optuna_adapter.models import load_sampler
 from optimizer_daemon.optuna_adapter.study import TuningStudy
 from optimizer_daemon.recovery import (
     KILL_TIMEOUT_S,
@@ -31,6 +31,7 @@ from optimizer_daemon.scorekeeper import ScoreKeeper
 from optimizer_daemon.scores import ScoreReader
 from optimizer_daemon.scoring_command import EVALUATOR, ScoringCommand
 from optimizer_daemon.search.load import load_space
+from optimizer_daemon.search.objectives import objectives_of_run, split
 from optimizer_daemon.search.pruning import Pruner
 from optimizer_daemon.search.space import format_parameters
 from optimizer_daemon.settings import OptimizerSettings
@@ -105,7 +106,7 @@ class OptimizerDaemon:
         """
         self._space = load_space(self._settings.search_space)
         self._trainer = TRAINERS.load(self._settings.trainer_name)
-        SAMPLERS.load(self._settings.sampler)
+        load_sampler(self._settings.sampler, len(split(self._settings.objectives or "")) or 1)
         self._slots = Slots.of(self._settings, apart=starts_apart(self._trainer))
         make_writable_folder("--output-dir", self.layout.root)
         # A signal counts from here to the last line: a second one must not kill us while the trainings are stopped.
@@ -132,6 +133,7 @@ class OptimizerDaemon:
         pinned = pinned_values(space, settings.max_epochs)
         self._run: Run = check_inputs(settings, self.layout, space, self._trainer, pinned)
         assert self._run.plan is not None and self._run.plan_hash is not None, "the evaluator scores this workload"
+        self._objectives = objectives_of_run(self._run)
         database = Database.of(self._run, self.layout)
         database.announce()
         with begun(self._run, self.layout, database):
@@ -145,12 +147,13 @@ class OptimizerDaemon:
                 stage=self._stage,
                 sampler=settings.sampler,
                 copy=database.copy,
+                objectives=self._objectives,
             )
             refuse_unknown_trials(self._study, self.layout)
         self._objective = self._run.plan.scoring.objective
         never = settings.gpu_policy == "defer"  # no score comes before the training has ended
         pruner = Pruner("none" if never else settings.pruner, settings.pruner_warmup_epochs)
-        reader = ScoreReader(self._run.plan_hash, self._objective)
+        reader = ScoreReader(self._run.plan_hash, self._objective, self._objectives)
         self._scores = ScoreKeeper(self._study, reader, pruner, self._objective)
         self._scoring = ScoringCommand(self._evaluator, self._run.threads_per_process, self._clock)
         if isinstance(self._trainer, Prepares):
@@ -338,6 +341,7 @@ class OptimizerDaemon:
             state="complete",
             reason=final.infeasible_because,
             value=final.value,
+            objectives=final.values,
             feasible=final.infeasible_because is None,
             ended=now_local(),
         )
@@ -360,7 +364,7 @@ class OptimizerDaemon:
         self._trials = self._collect()
         self._refresh_results()
         if state.state == "complete":
-            fields: dict[str, Any] = {self._objective: state.value}
+            fields: dict[str, Any] = {self._objective: state.value, **state.objectives}
             if not state.feasible:
                 fields["cannot_win"] = state.reason
             log_change(
@@ -400,4 +404,4 @@ class OptimizerDaemon:
 
     def _collect(self) -> AllTrials:
         self._in_stage = trials_of_stage(self.layout, self._stage)
-        return all_trials(self.layout, self._run.study_name, self._objective, now_local())
+        return all_trials(self.layout, self._run.study_name, self._objective, now_local(), self._objectives)

@@ -10,6 +10,7 @@ from optimizer_daemon.database import Database
 from optimizer_daemon.optuna_adapter.study import Draw, TuningStudy
 from optimizer_daemon.search.expressions import Value
 from optimizer_daemon.search.load import load_space
+from optimizer_daemon.search.objectives import objectives_of_run
 from optimizer_daemon.search.parameters import CategoricalParameter, Parameter
 from optimizer_daemon.search.space import SearchSpace
 from shared.errors import UserError
@@ -64,6 +65,7 @@ class Queue:
             pinned=pinned,
             stage=stage_of(max_epochs),
             copy=database.copy,
+            objectives=objectives_of_run(run),
         )
         return cls(study, space, pinned, seed)
 

@@ -80,6 +80,7 @@ def _mend(layout: StudyLayout, ended: Ended, space: SearchSpace, *, seed: int, t
             epoch=epoch,
             value=value,
             checkpoint=(trial.final_checkpoint if epoch == last else trial.intermediate_checkpoint(epoch)).stem,
+            values=ended.values_by_epoch.get(epoch, {}),
         )
         for epoch, value in sorted(ended.curve.items())
     )
@@ -94,6 +95,7 @@ def _mend(layout: StudyLayout, ended: Ended, space: SearchSpace, *, seed: int, t
         started=ended.draw.drawn,
         ended=ended.ended,
         value=ended.value,
+        objectives=ended.values,
         feasible=None if ended.value is None else ended.reason is None,
         curve=curve,
         finalist_of=params.finalist_of,

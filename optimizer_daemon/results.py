@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Final
@@ -9,10 +10,20 @@ from typing import Final
 from optimizer_daemon.finalists import contenders
 from optimizer_daemon.goals import goals_against
 from optimizer_daemon.scores import FinalScore
+from optimizer_daemon.trade_offs import front, knee
 from shared.errors import DiskError, UnreadableFileError
 from shared.files import read_model, write_bytes, write_model, write_text
 from shared.layout import StudyLayout, TrialLayout
-from shared.schemas import AllTrials, BestParameters, Metrics, ScoringPreset, TrialParams, TrialResult, TrialState
+from shared.schemas import (
+    AllTrials,
+    BestParameters,
+    Metrics,
+    Objective,
+    ScoringPreset,
+    TrialParams,
+    TrialResult,
+    TrialState,
+)
 
 DIRECTION: Final = "minimise"
 
@@ -55,7 +66,9 @@ def summary_text(metrics: Metrics, scoring: ScoringPreset) -> str:
     return "\n".join(lines) + "\n"
 
 
-def all_trials(study: StudyLayout, study_name: str, objective: str, now: datetime) -> AllTrials:
+def all_trials(
+    study: StudyLayout, study_name: str, objective: str, now: datetime, objectives: Sequence[Objective] = ()
+) -> AllTrials:
     """Collect every trial from its own files; one whose files are not there yet, or damaged, is left out."""
     results = []
     for trial in study.list_trials():
@@ -65,7 +78,12 @@ def all_trials(study: StudyLayout, study_name: str, objective: str, now: datetim
             continue
         results.append(trial_result(params, state))
     return AllTrials(
-        study_name=study_name, updated=now, objective=objective, direction=DIRECTION, trials=tuple(results)
+        study_name=study_name,
+        updated=now,
+        objective=objective,
+        direction=DIRECTION,
+        objectives=tuple(objectives),
+        trials=tuple(results),
     )
 
 
@@ -77,6 +95,7 @@ def trial_result(params: TrialParams, state: TrialState) -> TrialResult:
         state=state.state,
         reason=state.reason,
         value=state.value,
+        values=state.objectives,
         feasible=state.feasible,
         parameters=params.parameters,
         derived=params.derived,
@@ -102,13 +121,24 @@ def trials_of_stage(study: StudyLayout, stage: str | None) -> set[int]:
 
 
 def ranked(trials: AllTrials) -> list[TrialResult]:
-    """Return the complete trials, the best first; those that failed their gate come last and never win."""
+    """Return the complete trials, the best first; those that failed their gate come last and never win.
+
+    Where there are several objectives their front comes first.
+    """
     complete = [trial for trial in trials.trials if trial.state == "complete" and trial.value is not None]
-    return sorted(complete, key=lambda trial: (trial.feasible is False, trial.value, trial.trial))
+    members = front(trials) if trials.objectives else []
+    on_front = {trial.trial for trial in members}
+    others = (trial for trial in complete if trial.trial not in on_front)
+    return [*members, *sorted(others, key=lambda trial: (trial.feasible is False, trial.value, trial.trial))]
 
 
 def winner(trials: AllTrials) -> TrialResult | None:
-    """Return the best trial that passed its gate; the best of the finalists where they have scores."""
+    """Return the best trial that passed its gate; the best of the finalists where they have scores.
+
+    Where there are several objectives it is the knee of the front.
+    """
+    if trials.objectives:
+        return knee(front(trials), trials)
     last = trials.model_copy(update={"trials": tuple(contenders(trials.trials))})
     best = next(iter(ranked(last)), None)
     return best if best is not None and best.feasible is not False else None
@@ -142,9 +172,11 @@ def write_results(study: StudyLayout, trials: AllTrials) -> None:
                 updated=trials.updated,
                 trial=best.trial,
                 optuna_number=best.optuna_number,
+                chosen_as="knee" if trials.objectives else "best",
                 objective=trials.objective,
                 direction=trials.direction,
                 value=best.value,
+                values=best.values,
                 checkpoint=trial.final_checkpoint.relative_to(study.root).as_posix(),
                 checkpoint_sha256=None if decided_by is None else decided_by.checkpoint_sha256,
                 finalist_of=best.finalist_of,

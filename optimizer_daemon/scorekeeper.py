@@ -38,11 +38,10 @@ class ScoreKeeper:
         if live.state.ended is not None and live.state.state != "pruned":
             return
         live.scores = self._reader.read(live.layout, live.params.max_train_epochs)
-        known = set(live.state.curve)
-        new = [point for point in live.scores.curve if point not in known]
+        new = [point for point in live.scores.curve if point not in live.state.curve]
         for point in new:
-            self._study.report(live.state.optuna_number, point.epoch, point.value)
-            score: dict[str, Any] = {self._objective: point.value}
+            self._study.report(live.state.optuna_number, point.epoch, point.value, point.values)
+            score: dict[str, Any] = {self._objective: point.value, **point.values}
             log_change(_log, "checkpoint scored", trial=live.number, epoch=point.epoch, **score)
             reach("optimizer.reported")
         if new:
@@ -61,7 +60,7 @@ class ScoreKeeper:
         else:
             assert state.value is not None, "a complete trial has a value"
             infeasible_because = None if state.feasible is not False else state.reason
-            self._study.tell_complete(state.optuna_number, state.value, infeasible_because)
+            self._study.tell_complete(state.optuna_number, state.value, infeasible_because, state.objectives)
 
     def imputed(self, live: LiveTrial) -> float | None:
         """Return what a stopped trial would probably have reached; None where that cannot be told."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from optimizer_daemon.lifecycle import Scoring
+from optimizer_daemon.search.objectives import measured_values
 from shared.errors import (
     CheckpointError,
     IncompleteCheckpointError,
@@ -17,7 +19,7 @@ from shared.errors import (
 from shared.files import read_model
 from shared.layout import RenderLayout, StudyLayout, TrialLayout, checkpoint_epoch
 from shared.safetensors_file import Stamp, read_checkpoint, read_header
-from shared.schemas import CheckpointRecord, CurvePoint, EvaluationState, Metrics, Score, VersionedFile
+from shared.schemas import CheckpointRecord, CurvePoint, EvaluationState, Metrics, Objective, Score, VersionedFile
 
 F = TypeVar("F", bound=VersionedFile)
 
@@ -33,12 +35,14 @@ class FinalScore:
         infeasible_because: why it must not win; None when it passed its gate.
         metrics: everything measured.
         render: where it lies.
+        values: each of several objectives by name.
     """
 
     value: float
     infeasible_because: str | None
     metrics: Metrics
     render: RenderLayout
+    values: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,13 @@ class ScoreReader:
     Args:
         plan_hash: identity of the study's plan; what was measured under another one does not count.
         objective: name of the score that is optimised.
+        objectives: what is optimised, where that is more than this score.
     """
 
-    def __init__(self, plan_hash: str, objective: str) -> None:
+    def __init__(self, plan_hash: str, objective: str, objectives: Sequence[Objective] = ()) -> None:
         self._plan_hash = plan_hash
         self._objective = objective
+        self._objectives = objectives
         self._hashes: dict[tuple[Path, Stamp], str | None] = {}
 
     def read(self, trial: TrialLayout, last_epoch: int | None) -> TrialScores:
@@ -129,7 +135,12 @@ class ScoreReader:
             return TrialScores("unscorable", why, seen.curve, seen.seen, seen.recorded)
         objections = [check.reason for check in metrics.gate.checks.values() if check.passed is False and check.reason]
         because = None if metrics.gate.feasible else "; ".join(objections) or "it failed its gate"
-        final = FinalScore(score.value, because, metrics, render)
+        values = measured_values(self._objectives, metrics)
+        for name in (objective.name for objective in self._objectives if objective.name not in values):
+            metric = metrics.metrics.get(name)
+            why = f"{name}, an objective, has no value: {(metric and metric.reason) or 'it was not measured'}"
+            return TrialScores("unscorable", why, seen.curve, seen.seen, seen.recorded)
+        final = FinalScore(score.value, because, metrics, render, values)
         return TrialScores("scored", "", seen.curve, seen.seen, seen.recorded, final)
 
     def _standings(self, trial: TrialLayout, last_epoch: int | None) -> list[_Standing]:
@@ -195,8 +206,16 @@ class ScoreReader:
                 continue
             metrics, _ = self._metrics(trial, standing.record)
             score = metrics.scores.get(self._objective) if metrics is not None else None
-            if score is not None and score.value is not None and not _unlike(self._objective, score, usual):
-                points.append(CurvePoint(epoch=standing.epoch, value=score.value, checkpoint=standing.name))
+            if metrics is None or score is None or score.value is None or _unlike(self._objective, score, usual):
+                continue
+            points.append(
+                CurvePoint(
+                    epoch=standing.epoch,
+                    value=score.value,
+                    checkpoint=standing.name,
+                    values=measured_values(self._objectives, metrics),
+                )
+            )
         return tuple(points)
 
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, PrivateAttr, field_validator
 
 from optimizer_daemon.search.load import preset_names as search_spaces
+from optimizer_daemon.search.objectives import split
 from optimizer_daemon.search.pruning import PrunerName
 from optimizer_daemon.trainers import TRAINERS
 from shared.gpu_lease import GpuPolicy
@@ -88,7 +89,7 @@ class OptimizerSettings(DaemonSettings):
         None,
         ge=0,
         description="how many of the last trials train the best configurations again with fresh seeds; the winner is "
-        "named from them (default: with --sampler auto every fifth trial, at most 3; else none)",
+        "named from them (default: with --sampler auto every fifth trial, at most 3; else or with --objectives none)",
     )
     pruner: PrunerName = Field(
         "median",
@@ -103,6 +104,12 @@ class OptimizerSettings(DaemonSettings):
         "DINOv2)",
     )
     scoring: str = Field("combined", min_length=1, description="what is optimised: a scoring preset or a TOML file")
+    objectives: str | None = Field(
+        None,
+        min_length=1,
+        description="several things to optimise at once, two or more scores or metrics with commas between, such as "
+        "brightness,contrast: a front of trade-offs in place of one winner (default: the score of --scoring)",
+    )
     seed: int = Field(42, ge=0, lt=2**63, description="seed of the search and of every trial's draw")
     save_every_n_epochs: int = Field(2, ge=1, description="epochs between two checkpoints")
     num_samples: int = Field(8, ge=1, description="pictures per checkpoint")
@@ -115,6 +122,11 @@ class OptimizerSettings(DaemonSettings):
     )
     cfg_scale: float = Field(7.5, ge=0, description="classifier-free guidance scale of the pictures")
     render_steps: int = Field(20, ge=1, description="sampling steps of the pictures")
+
+    @field_validator("objectives")
+    @classmethod
+    def _one_spelling(cls, names: str | None) -> str | None:
+        return None if names is None else ",".join(split(names))
 
     _trainer_options: dict[str, Any] = PrivateAttr(default_factory=dict)
 
@@ -130,7 +142,8 @@ class OptimizerSettings(DaemonSettings):
         """How many of the last trials are finalists, the default resolved."""
         if self.finalists is not None:
             return self.finalists
-        return min(DEFAULT_FINALISTS, self.n_trials // 5) if self.sampler == "auto" else 0
+        by_default = self.sampler == "auto" and self.objectives is None  # a front has no one best to make certain of
+        return min(DEFAULT_FINALISTS, self.n_trials // 5) if by_default else 0
 
     @property
     def trainer_name(self) -> str:

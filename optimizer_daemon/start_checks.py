@@ -9,6 +9,7 @@ from optimizer_daemon.optuna_adapter.study import Draw
 from optimizer_daemon.recovery import params_of
 from optimizer_daemon.runner import now_local
 from optimizer_daemon.search.expressions import Value
+from optimizer_daemon.search.objectives import objectives_of
 from optimizer_daemon.search.space import SearchSpace
 from optimizer_daemon.settings import OptimizerSettings
 from optimizer_daemon.study_file import find_run, require_inputs, trainer_of
@@ -44,6 +45,13 @@ def check_inputs(
     version = trainer.check_input(given) if isinstance(trainer, ChecksInput) else None
     clip_skip = trainer.clip_skip(given) if isinstance(trainer, SkipsClipLayers) else 1
     run = find_run(settings, study, now_local(), trainer_version=version, clip_skip=clip_skip)
+    assert run.plan is not None, "the evaluator scores this workload"
+    if objectives_of(settings.objectives, run.plan) and settings.finalists:
+        raise SettingsError(
+            "--finalists",
+            settings.finalists,
+            "they repeat the best by one score, and --objectives has a front of trade-offs; leave one of the two out",
+        )
     if run.pictures is not None and run.pictures.held_out and not holds_out(trainer):
         raise SettingsError(
             "--trainer",

@@ -8,7 +8,9 @@ from typing import Any, TypeVar
 
 from optimizer_daemon.results import all_trials, ranked, winner
 from optimizer_daemon.runner import now_local
+from optimizer_daemon.search.objectives import objectives_of_run
 from optimizer_daemon.summary import finalist_line
+from optimizer_daemon.trade_offs import front
 from shared.errors import UnreadableFileError, UserError
 from shared.files import read_model
 from shared.layout import StudyLayout, TrialLayout, expected_checkpoints
@@ -40,7 +42,9 @@ def study_status(study: StudyLayout, top: int) -> dict[str, Any]:
         state = _read(trial.state, TrialState, damaged)
         if state is not None and state.gpu is not None:
             gpus[state.trial] = state.gpu
-    trials = all_trials(study, run.study_name if run is not None else study.root.name, objective, now_local())
+    name = run.study_name if run is not None else study.root.name
+    objectives = objectives_of_run(run) if run is not None else ()
+    trials = all_trials(study, name, objective, now_local(), objectives)
     best = winner(trials)
     every = settings.get("save-every-n-epochs")
     return {
@@ -50,6 +54,8 @@ def study_status(study: StudyLayout, top: int) -> dict[str, Any]:
         "optimizer_alive": FileLock.is_held(study.optimizer_lock),
         "evaluator_alive": FileLock.is_held(study.manager_lock),
         "objective": objective,
+        "objectives": [known.model_dump() for known in objectives],
+        "front": [trial.trial for trial in front(trials)] if objectives else [],
         "finished": sum(trial.state in ("complete", "pruned") for trial in trials.trials),
         "failed": sum(trial.state == "failed" for trial in trials.trials),
         "target": settings.get("n-trials"),
@@ -89,16 +95,24 @@ def status_text(status: dict[str, Any]) -> str:
     for request in status["requests"]:
         lines.append(f"open request to the {request['to']} daemon: {request['file']}")
     lines += [f"damaged: {sentence}" for sentence in status["damaged"]]
+    names = [known["name"] for known in status["objectives"]] or [status["objective"]]
     if status["top"]:
-        lines += ["", f"{'trial':>5}  {status['objective']:>14}  parameters"]
+        lines += ["", f"{'trial':>5}  {'  '.join(f'{name:>14}' for name in names)}  parameters"]
     for trial in status["top"]:
-        mark = "" if trial["finalist_of"] is None else f"  (trial {trial['finalist_of']} again)"
-        mark += "" if trial["feasible"] is not False else "  (failed its gate)"
         shown = "  ".join(f"{name}={_short(value)}" for name, value in trial["parameters"].items())
-        lines.append(f"{trial['trial']:>5}  {trial['value']:>14.4f}  {shown}{mark}")
-    if status["best"] is not None:
+        values = trial["values"] or {status["objective"]: trial["value"]}
+        figures = "  ".join(f"{values[name]:>14.4f}" if name in values else f"{'?':>14}" for name in names)
+        lines.append(f"{trial['trial']:>5}  {figures}  {shown}{_mark(trial, status)}")
+    if status["best"] is not None and not status["objectives"]:
         lines += ["", f"winner: trial {status['best']}{f', {best_is}' if (best_is := status['best_is']) else ''}"]
     return "\n".join(lines)
+
+
+def _mark(trial: dict[str, Any], status: dict[str, Any]) -> str:
+    mark = "" if trial["finalist_of"] is None else f"  (trial {trial['finalist_of']} again)"
+    if trial["trial"] in status["front"]:
+        mark += "  (front, its knee)" if trial["trial"] == status["best"] else "  (front)"
+    return mark + ("" if trial["feasible"] is not False else "  (failed its gate)")
 
 
 def _read(path: Path, model: type[F], damaged: list[str]) -> F | None:
@@ -132,6 +146,7 @@ def _row(study: StudyLayout, trial: TrialResult, every: Any, gpus: Mapping[int, 
         "reason": trial.reason,
         "gpu": gpus.get(trial.trial),
         "value": trial.value,
+        "values": trial.values,
         "feasible": trial.feasible,
         "checkpoints_seen": len(study.trial(trial.trial).list_checkpoints()),
         "checkpoints_expected": expected,

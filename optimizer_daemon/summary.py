@@ -9,6 +9,7 @@ from typing import Any
 from optimizer_daemon.results import first_value, ranked, winner
 from optimizer_daemon.runner import LiveTrial
 from optimizer_daemon.search.space import format_parameters
+from optimizer_daemon.trade_offs import front, meaning, shown_values
 from shared.durations import duration
 from shared.layout import StudyLayout
 from shared.schemas import AllTrials, TrialResult
@@ -25,9 +26,12 @@ def ended_text(study: StudyLayout, trials: AllTrials, finished: int, target: int
         lines.append(f"No winner yet: {measured} trials have a score, and none of them passed its gate.")
         return "\n".join(lines)
     trial = study.trial(best.trial)
-    lines += ["", f"Winner: trial {best.trial}, {trials.objective} {best.value:.4f} (lower is better)"]
-    if best.finalist_of is not None:
-        lines.append(finalist_line(trials, best))
+    if trials.objectives:
+        lines += ["", *front_lines(study, trials), "", f"Knee: trial {best.trial}, {shown_values(best.values)}"]
+    else:
+        lines += ["", f"Winner: trial {best.trial}, {trials.objective} {best.value:.4f} (lower is better)"]
+        if best.finalist_of is not None:
+            lines.append(finalist_line(trials, best))
     lines += format_parameters(best.parameters)
     lines += [
         "",
@@ -43,6 +47,17 @@ def finalist_line(trials: AllTrials, finalist: TrialResult) -> str:
     first = first_value(trials, finalist)
     score = "" if first is None else f", which had {first:.4f}"
     return f"a finalist: the configuration of trial {finalist.finalist_of}{score}, trained again with a fresh seed"
+
+
+def front_lines(study: StudyLayout, trials: AllTrials) -> list[str]:
+    """Return the front as a table: a line for each trial that no other one beats in every objective."""
+    names = [objective.name for objective in trials.objectives]
+    lines = [f"Front, {len(members := front(trials))} trials ({'; '.join(map(meaning, trials.objectives))})"]
+    lines.append(f"{'trial':>5}  {'  '.join(f'{name:>14}' for name in names)}  weights")
+    for trial in members:
+        values = "  ".join(f"{trial.values[name]:>14.4f}" for name in names)
+        lines.append(f"{trial.trial:>5}  {values}  {study.trial(trial.trial).final_checkpoint}")
+    return lines
 
 
 def stopped_text(live: Sequence[LiveTrial], finished: int, target: int) -> str:

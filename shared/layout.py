@@ -32,6 +32,7 @@ EVALUATION_PLAN = "evaluation_plan.json"
 METRICS = "metrics.json"
 BEST_PARAMETERS = "best_parameters.json"
 ALL_TRIALS = "all_trials.json"
+PARETO_FRONT = "pareto_front.json"
 REQUEST = "*.json"
 ANSWER = "*.done.json"
 
@@ -290,6 +291,8 @@ class ResultsLayout:
     epoch_vs_quality = Below("analysis/epoch_vs_quality.png")
     best_training_config_text = Below("analysis/best_training_config.txt")
     best_training_config = Below("analysis/best_training_config.toml")
+    pareto_front = Below(f"analysis/{PARETO_FRONT}")
+    pareto_front_picture = Below("analysis/pareto_front.png")
     optimization_report = Below("analysis/OPTIMIZATION_REPORT.md")
 
     def top_trials(self, count: int) -> Path:

@@ -12,6 +12,7 @@ from optimizer_daemon.analysis.facts import CheckpointFacts, QuarantinedFacts, S
 from optimizer_daemon.analysis.standing import against, best_checkpoint, overtaken, rates, standing
 from optimizer_daemon.goals import goals_against
 from optimizer_daemon.results import DIRECTION, ranked, trial_result, winner
+from optimizer_daemon.search.objectives import objectives_of_run
 from shared.errors import LabError, UserError
 from shared.files import read_model
 from shared.layout import EvaluationsLayout, RenderLayout, StudyLayout, TrialLayout
@@ -66,6 +67,7 @@ class _Gatherer:
             updated=now,
             objective=self._objective,
             direction=DIRECTION,
+            objectives=objectives_of_run(self._run) if self._run is not None else (),
             trials=tuple(trial_result(trial.params, trial.state) for trial in trials),
         )
         by_number = {trial.number: trial for trial in trials}

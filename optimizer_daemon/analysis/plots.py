@@ -11,12 +11,13 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from optimizer_daemon.analysis.pareto import pareto_figure, pareto_front
 from optimizer_daemon.database import Database
 from optimizer_daemon.optuna_adapter.importances import importances
 from optimizer_daemon.results import DIRECTION
 from shared.commands import run_command
-from shared.errors import UserError
-from shared.files import read_model, write_bytes
+from shared.errors import DiskError, UserError
+from shared.files import read_model, write_bytes, write_model
 from shared.layout import StudyLayout
 from shared.schemas import AllTrials, Run, TrialResult
 
@@ -80,6 +81,11 @@ def main(arguments: Sequence[str]) -> int:
     _write(study.results.optimization_history, history_figure(trials))
     shares = importances(run.study_name, Database.of(run, study).readable_url)
     _write(study.results.param_importances, importances_figure(trials, shares))
+    if trials.objectives:
+        found = pareto_front(study, trials)
+        _make(study.results.analysis)
+        _write(study.results.pareto_front_picture, pareto_figure(trials, found))
+        write_model(study.results.pareto_front, found)
     return 0
 
 
@@ -95,6 +101,13 @@ def _saying(figure: Figure, sentence: str) -> Figure:
     figure.axes[0].set_axis_off()
     figure.axes[0].text(0.5, 0.5, sentence, ha="center", va="center", fontsize=12)
     return figure
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise DiskError(folder, error) from error
 
 
 def _write(path: Path, figure: Figure) -> None:

@@ -7,12 +7,15 @@ would have reached, and draw otherwise after a restart. On this view a draw is a
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
+from itertools import islice
 
 from optuna import Study
 from optuna.storages import InMemoryStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
+
+from optimizer_daemon.search.pareto import fronts
 
 
 class History(Study):
@@ -60,8 +63,7 @@ class History(Study):
         finished = self.finished
         if len(finished) <= count:
             return self
-        ranked = sorted(finished, key=lambda trial: (is_infeasible(trial), trial.values))
-        best = {trial.number for trial in ranked[: count // 2]}
+        best = {trial.number for trial in islice(_best_first(finished, self.directions), count // 2)}
         latest = [trial.number for trial in reversed(finished) if trial.number not in best]
         kept = best | set(latest[: count - len(best)])
         running = TrialState.RUNNING
@@ -81,6 +83,16 @@ class History(Study):
                 for trial in self._past
             ),
         )
+
+
+def _best_first(trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection]) -> Iterator[FrozenTrial]:
+    """Yield the trials front by front, those that failed their gate last; with one objective that is by its value."""
+    signs = [-1.0 if direction is StudyDirection.MAXIMIZE else 1.0 for direction in directions]
+    for infeasible in (False, True):
+        group = [trial for trial in trials if is_infeasible(trial) is infeasible]
+        points = [tuple(sign * value for sign, value in zip(signs, trial.values, strict=True)) for trial in group]
+        for front in fronts(points):
+            yield from (group[place] for place in front)
 
 
 def with_values(trial: FrozenTrial, values: Sequence[float]) -> FrozenTrial:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any
 
@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from optimizer_daemon.optuna_adapter.feasible import FeasibleSpace
 from optimizer_daemon.optuna_adapter.history import History, is_infeasible, with_values
 from optimizer_daemon.optuna_adapter.models import Model
+from optimizer_daemon.optuna_adapter.several import imputed_values, score_of
 from optimizer_daemon.search.curves import Curve, imputed
 from optimizer_daemon.search.expressions import Value
 from optimizer_daemon.search.space import SearchSpace
@@ -52,7 +53,7 @@ class FeasibleSampler(BaseSampler):
         start_up = self._model.start_up_trials
         if start_up is None or finished < start_up or not self._space.wide:
             return self._space.draw(rng)
-        history = History(study.directions, _learnable(trials))
+        history = History(study.directions, _learnable(trials, study.metric_names or ()))
         return self._model.propose(history, self._space, rng.getrandbits(32))
 
     # What Optuna asks for when it suggests: always the stored draw, whole.
@@ -75,26 +76,37 @@ class FeasibleSampler(BaseSampler):
 
 def curve_of(trial: FrozenTrial) -> Curve | None:
     """Return a trial's scores by epoch; None where its draw does not say how long it trains."""
+    horizon = _horizon(trial)
+    return None if horizon is None else Curve.of(horizon, trial.intermediate_values, score_of(trial))
+
+
+def _horizon(trial: FrozenTrial) -> int | None:
     horizon = trial.user_attrs.get(DRAW, {}).get("values", {}).get(EPOCHS)
-    if not isinstance(horizon, int):
-        return None
-    final = trial.values[0] if trial.state is TrialState.COMPLETE else None
-    return Curve.of(horizon, trial.intermediate_values, final)
+    return horizon if isinstance(horizon, int) else None
 
 
-def _learnable(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """Return the trials a model can learn from: measured ones, stopped ones by their imputed ends, running ones."""
+def _learnable(trials: Sequence[FrozenTrial], objectives: Sequence[str]) -> list[FrozenTrial]:
+    """Return the trials a model can learn from: measured ones, stopped ones by their imputed ends, running ones.
+
+    Args:
+        objectives: names, where there are several.
+    """
     peers = [
-        curve
+        (trial, horizon)
         for trial in trials
-        if trial.state is TrialState.COMPLETE and not is_infeasible(trial) and (curve := curve_of(trial)) is not None
+        if trial.state is TrialState.COMPLETE and not is_infeasible(trial) and (horizon := _horizon(trial)) is not None
     ]
+    curves = [curve for trial, _ in peers if (curve := curve_of(trial)) is not None]
     learnable = []
     for trial in trials:
         if trial.state in (TrialState.COMPLETE, TrialState.RUNNING):
             learnable.append(trial)
         elif trial.state is TrialState.PRUNED and (curve := curve_of(trial)) is not None:
-            value = imputed(curve, peers)
-            if value is not None:
-                learnable.append(with_values(trial, [value]))
+            if objectives:
+                values = imputed_values(trial, curve.horizon, objectives, peers)
+            else:
+                value = imputed(curve, curves)
+                values = None if value is None else [value]
+            if values is not None:
+                learnable.append(with_values(trial, values))
     return learnable

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
@@ -18,14 +18,23 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from optimizer_daemon.optuna_adapter.history import is_infeasible
 from optimizer_daemon.optuna_adapter.live_copy import OWNER, LiveCopy
-from optimizer_daemon.optuna_adapter.models import SAMPLERS
+from optimizer_daemon.optuna_adapter.models import load_sampler
 from optimizer_daemon.optuna_adapter.sampler import DRAW, FeasibleSampler, curve_of
+from optimizer_daemon.optuna_adapter.several import (
+    SCORE,
+    directions_of,
+    name_objectives,
+    remember_values,
+    score_of,
+    values_by_epoch,
+)
 from optimizer_daemon.optuna_adapter.storage import file_of, not_opened, open_storage
 from optimizer_daemon.search.curves import Curve
 from optimizer_daemon.search.expressions import Value
 from optimizer_daemon.search.space import SearchSpace
 from shared.errors import ResourceError, StudyMismatchError
 from shared.failpoints import reach
+from shared.schemas import Objective
 
 _SPACE = "search_space"
 _RULES = "search_rules"
@@ -64,11 +73,13 @@ class Ended:
 
     Args:
         draw: what it was.
-        value: its objective; None when it has none.
+        value: its objective, with several the score that ranks it; None when it has none.
         pruned: it was stopped because it was losing.
         reason: why it failed or was stopped, or why it must not win.
         curve: the objective by epoch.
         ended: when it was told.
+        values: each of several objectives by name.
+        values_by_epoch: the same at each measured epoch.
     """
 
     draw: Draw
@@ -77,6 +88,8 @@ class Ended:
     reason: str | None
     curve: dict[int, float]
     ended: datetime
+    values: dict[str, float] = field(default_factory=dict)
+    values_by_epoch: dict[int, dict[str, float]] = field(default_factory=dict)
 
 
 P = ParamSpec("P")
@@ -131,6 +144,7 @@ class TuningStudy:
         self._study = study
         self._sampler = sampler
         self._stage = stage
+        self._objectives = study.metric_names or []
 
     @classmethod
     def open(
@@ -145,6 +159,7 @@ class TuningStudy:
         stage: str | None = None,
         sampler: str = "tpe",
         copy: Path | None = None,
+        objectives: Sequence[Objective] = (),
     ) -> Self:
         """Open or make the study.
 
@@ -159,23 +174,29 @@ class TuningStudy:
             sampler: a name of SAMPLERS.
             copy: where a whole copy of the SQLite database is kept; the study is continued from it where it is the
                 later of the two.
+            objectives: what is optimised, where that is more than one score.
 
         Raises:
-            StudyMismatchError: the study belongs to another folder or has other parameters.
-            SettingsError: the storage cannot be opened.
+            StudyMismatchError: the study belongs to another folder or has other parameters or objectives.
+            SettingsError: the storage cannot be opened, or the sampler cannot do with so many objectives.
             UnknownPluginError: there is no such sampler.
             DiskError: the disk is full.
         """
-        feasible = FeasibleSampler(space, seed, pinned or {}, SAMPLERS.load(sampler))
+        feasible = FeasibleSampler(space, seed, pinned or {}, load_sampler(sampler, len(objectives) or 1))
         kept = None if copy is None else LiveCopy.prepared(file_of(storage_url), copy, name, folder_id)
         storage = open_storage(storage_url)
         with contextlib.ExitStack() as refused:
             refused.callback(storage.engine.dispose)  # a refused database is left as it was, without SQLite's log
             try:
                 study = optuna.create_study(
-                    storage=storage, study_name=name, sampler=feasible, direction="minimize", load_if_exists=True
+                    storage=storage,
+                    study_name=name,
+                    sampler=feasible,
+                    directions=directions_of(objectives),
+                    load_if_exists=True,
                 )
                 _check_owner(study, storage_url, folder_id)
+                name_objectives(study, objectives)
                 _check_space(study, _SPACE, {known: str(known_as) for known, known_as in space.parameters.items()})
                 _check_space(study, _RULES, space.rules())
             except (StorageInternalError, SQLAlchemyError) as error:
@@ -209,11 +230,13 @@ class TuningStudy:
         return [
             Ended(
                 _draw_of(trial.number, trial.user_attrs, trial.datetime_start),
-                trial.value if trial.state is TrialState.COMPLETE else None,
+                score_of(trial),
                 trial.state is TrialState.PRUNED,
                 trial.user_attrs.get(_REASON),
                 dict(trial.intermediate_values),
                 trial.datetime_complete.astimezone(),
+                dict(zip(self._objectives, trial.values or (), strict=False)),
+                values_by_epoch(trial),
             )
             for trial in told
             if DRAW in trial.user_attrs and trial.datetime_complete is not None
@@ -257,16 +280,31 @@ class TuningStudy:
         return len(self._study.get_trials(deepcopy=False))
 
     @_changing
-    def report(self, number: int, epoch: int, value: float) -> None:
-        """Store the objective measured at an epoch; a second value for the epoch replaces the first."""
+    def report(self, number: int, epoch: int, value: float, values: Mapping[str, float] | None = None) -> None:
+        """Store the objective measured at an epoch; a second value for the epoch replaces the first.
+
+        Args:
+            value: the score that ranks running trainings.
+            values: each of several objectives by name.
+        """
         frozen = self._frozen(number)
+        if values:
+            remember_values(self._trial(number), epoch, values)
         if frozen.intermediate_values.get(epoch) != value:
-            # Trial.report would silently ignore the second value.
+            # Trial.report would silently ignore the second value, and raise where there are several objectives.
             self._study._storage.set_trial_intermediate_value(frozen._trial_id, epoch, value)
 
     @_changing
-    def tell_complete(self, number: int, value: float, infeasible_because: str | None) -> None:
-        """Finish a trial with its measured value; one that failed its gate never wins. Harmless when repeated."""
+    def tell_complete(
+        self, number: int, value: float, infeasible_because: str | None, values: Mapping[str, float] | None = None
+    ) -> None:
+        """Finish a trial with its measured value; one that failed its gate never wins. Harmless when repeated.
+
+        Args:
+            value: the objective, or the score that ranks the trial where there are several.
+            infeasible_because: why it must not win.
+            values: each of several objectives by name.
+        """
         if self._frozen(number).state.is_finished():
             return
         if infeasible_because is not None:
@@ -274,7 +312,12 @@ class TuningStudy:
             trial.set_user_attr(_REASON, infeasible_because)
             if _GATE not in trial.constraints:
                 trial.set_constraint(_GATE, 1.0)
-        self._study.tell(number, value)
+        if self._objectives:
+            assert values is not None, "a study of several objectives is told all of them"
+            self._trial(number).set_user_attr(SCORE, value)
+            self._study.tell(number, [values[name] for name in self._objectives])
+        else:
+            self._study.tell(number, value)
 
     @_changing
     def tell_failed(self, number: int, reason: str) -> None:

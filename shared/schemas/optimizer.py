@@ -23,6 +23,7 @@ from shared.schemas.plan import EvaluationPlan
 
 RunStatus = Literal["running", "stopped", "finished"]
 TrialStateName = Literal["drawn", "training", "trained", "complete", "pruned", "failed", "interrupted"]
+Direction = Literal["minimise", "maximise"]
 TERMINAL_STATES: frozenset[TrialStateName] = frozenset({"complete", "pruned", "failed"})
 """States a trial never leaves."""
 
@@ -41,6 +42,17 @@ class Trainer(Record):
     )
     options: dict[str, Any] = Field(
         default_factory=dict, description="The study file's [trainer.<name>] table: settings of every training."
+    )
+
+
+class Objective(Record):
+    """One of several things that a study optimises at once."""
+
+    name: Name = Field(description="Score or quantity, as in metrics.json.")
+    direction: Direction = Field(description="Which end of its value is better.")
+    target: float | None = Field(
+        default=None,
+        description="What the quantity is to reach: its value is |mean - target|; null where it is the mean.",
     )
 
 
@@ -120,6 +132,9 @@ class CurvePoint(Record):
     epoch: Epoch = Field(description="Epoch of the checkpoint.")
     value: float = Field(description="Objective measured there.")
     checkpoint: Name = Field(description="Checkpoint's file name without .safetensors.")
+    values: dict[Name, float] = Field(
+        default_factory=dict, description="Each objective by name, when the study has several."
+    )
 
 
 class TrialState(VersionedFile):
@@ -144,7 +159,11 @@ class TrialState(VersionedFile):
     drawn: Time = Field(description="When the parameters were drawn.")
     started: Time | None = Field(default=None, description="When this attempt's training started.")
     ended: Time | None = Field(default=None, description="When the trial reached its final state.")
-    value: float | None = Field(default=None, description="Objective told to the study; null until complete.")
+    value: float | None = Field(
+        default=None,
+        description="Objective told to the study; null until complete. When the study has several, the score of its "
+        "scoring, by which trainings are stopped.",
+    )
     imputed_value: float | None = Field(
         default=None, description="What a pruned trial would probably have reached; never a measurement."
     )
@@ -179,9 +198,17 @@ class BestParameters(VersionedFile):
     updated: Time = Field(description="When this file was written.")
     trial: TrialNumber = Field(description="The best trial.")
     optuna_number: OptunaNumber = Field(description="Its number in the Optuna database.")
+    chosen_as: Literal["best", "knee"] = Field(
+        default="best",
+        description="best: it has the best objective. knee: the study has several; it is the knee of their front, see "
+        "analysis/pareto_front.json.",
+    )
     objective: Name = Field(description="Name of the score.")
-    direction: Literal["minimise", "maximise"] = Field(description="Which end of the score is better.")
+    direction: Direction = Field(description="Which end of the score is better.")
     value: float = Field(description="The trial's objective.")
+    values: dict[Name, float] = Field(
+        default_factory=dict, description="Each objective by name, when the study has several."
+    )
     checkpoint: str | None = Field(
         default=None, description="Checkpoint that decided it, relative to the study folder."
     )
@@ -214,6 +241,9 @@ class TrialResult(Record):
     state: TrialStateName = Field(description="State as in trial_state.json.")
     reason: str | None = Field(default=None, description="Why, for pruned, failed and interrupted.")
     value: float | None = Field(default=None, description="Objective; null when there is none.")
+    values: dict[Name, float] = Field(
+        default_factory=dict, description="Each objective by name, when the study has several."
+    )
     feasible: bool | None = Field(default=None, description="Whether it passed its gate; null until scored.")
     parameters: dict[str, Scalar] = Field(description="Every hyperparameter, the derived ones too.")
     derived: tuple[Name, ...] = Field(default=(), description="Which parameters were computed rather than drawn.")
@@ -232,8 +262,58 @@ class AllTrials(VersionedFile):
     study_name: Name = Field(description="Name of the Optuna study.")
     updated: Time = Field(description="When this file was written.")
     objective: Name = Field(description="Name of the score.")
-    direction: Literal["minimise", "maximise"] = Field(description="Which end of the score is better.")
+    direction: Direction = Field(description="Which end of the score is better.")
+    objectives: tuple[Objective, ...] = Field(
+        default=(),
+        description="What is optimised, when that are several things; objective then only ranks running trainings.",
+    )
     trials: tuple[TrialResult, ...] = Field(description="The trials by number.")
+
+
+class FrontMember(Record):
+    """A trial that no other one is better than in every objective."""
+
+    trial: TrialNumber = Field(description="Number of the trial.")
+    optuna_number: OptunaNumber = Field(description="Its number in the Optuna database.")
+    values: dict[Name, float] = Field(description="Each objective by name.")
+    value: float = Field(description="The score of the study's scoring.")
+    checkpoint: str = Field(description="Checkpoint that was measured, relative to the study folder.")
+    knee_distance: float = Field(
+        description="How far it lies before the plane through the ends of the axes, every objective scaled over the "
+        "front to 0 (best) and 1 (worst)."
+    )
+
+
+class FrontGrowth(Record):
+    """How much the trials up to one have reached together."""
+
+    trial: TrialNumber = Field(description="The trial, in the order in which they ended.")
+    hypervolume: float = Field(ge=0, description="Hypervolume of all trials up to it.")
+
+
+class ParetoFront(VersionedFile):
+    """The best trade-offs of a study with several objectives. Only trials that passed their gate count."""
+
+    study_name: Name = Field(description="Name of the Optuna study.")
+    updated: Time = Field(description="When this file was written.")
+    objectives: tuple[Objective, ...] = Field(min_length=2, description="What is optimised.")
+    front: tuple[FrontMember, ...] = Field(description="Its members, the best in the first objective first.")
+    knee: TrialNumber | None = Field(
+        default=None,
+        description="The member with the greatest knee_distance, at a tie the one with the better score; null without "
+        "a front.",
+    )
+    reference_point: dict[Name, float] | None = Field(
+        default=None,
+        description="Where hypervolumes are measured from: the worst value of each objective so far, and a tenth of "
+        "its spread beyond; null without a front. It moves with the trials, so compare hypervolumes of one file only.",
+    )
+    hypervolume: float | None = Field(
+        default=None, ge=0, description="What the front dominates up to there, the product of the objectives' units."
+    )
+    history: tuple[FrontGrowth, ...] = Field(
+        default=(), description="The same after each complete trial, from the same reference point."
+    )
 
 
 def _check_numbers(trial: int, optuna_number: int) -> None:

@@ -1,7 +1,7 @@
 """Stands in for `evaluator-daemon evaluate --trial DIR` where tests need many scores quickly: the same files, no model.
 
 Every checkpoint gets one attempt. Its score is what the scripted trainer wrote into its metadata; SCRIPTED_GATE names a
-trial that fails.
+trial that fails, SCRIPTED_TRADE_OFF makes brightness and contrast contradict each other.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def record(trial: TrialLayout, path: Path, checkpoint, run: Run) -> CheckpointRe
         samples=(Sample(file="sample_0.png", prompt="a red ball", seed=42),),
         metrics={
             name: Metric(version="1", direction="target", status="ok", value=value, std=0.03, per_image=(value,))
-            for name, value in {"brightness": 0.5, "contrast": 0.3}.items()
+            for name, value in figures(score).items()
         },
         scores={"combined_score": Score(value=score, direction="minimise")},
         gate=Gate(
@@ -119,6 +119,15 @@ def record(trial: TrialLayout, path: Path, checkpoint, run: Run) -> CheckpointRe
         status="recorded",
         attempts=(Attempt(started=started, ended=datetime.now().astimezone(), outcome="recorded"),),
     )
+
+
+def figures(score: float) -> dict[str, float]:
+    """With SCRIPTED_TRADE_OFF brightness is the farther from its target, and up to 0.8 contrast the nearer to its own,
+    the greater the score; beyond that both are worse.
+    """
+    if not os.environ.get("SCRIPTED_TRADE_OFF"):
+        return {"brightness": 0.5, "contrast": 0.3}
+    return {"brightness": 0.5 + score, "contrast": 0.2 + abs(score - 0.8)}
 
 
 def one_pixel() -> bytes:

@@ -77,6 +77,8 @@ TREE = [
     (STUDY.results.epoch_vs_quality, "results/analysis/epoch_vs_quality.png", "optimizer"),
     (STUDY.results.best_training_config_text, "results/analysis/best_training_config.txt", "optimizer"),
     (STUDY.results.best_training_config, "results/analysis/best_training_config.toml", "optimizer"),
+    (STUDY.results.pareto_front, "results/analysis/pareto_front.json", "optimizer"),
+    (STUDY.results.pareto_front_picture, "results/analysis/pareto_front.png", "optimizer"),
     (STUDY.results.optimization_report, "results/analysis/OPTIMIZATION_REPORT.md", "optimizer"),
 ]
 

@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 from optimizer_daemon.optuna_adapter.feasible import FeasibleSpace
 from optimizer_daemon.optuna_adapter.history import History
 from optimizer_daemon.search.expressions import Value
+from shared.errors import SettingsError
 from shared.registry import Registry
 
 
@@ -38,3 +39,21 @@ SAMPLERS: Registry[Model] = Registry(
     {name: f"{__name__}.{name}:MODEL" for name in ("auto", "cmaes", "gp", "nsga2", "random", "tpe")},
 )
 """Every sampler by the name that --sampler takes."""
+
+
+def load_sampler(name: str, objectives: int) -> Model:
+    """Return what draws by a name of --sampler.
+
+    Args:
+        objectives: how many things the study optimises; 1 for one score.
+    Raises:
+        UnknownPluginError: there is no such sampler.
+        SettingsError: it cannot do with so many objectives.
+    """
+    model = SAMPLERS.load(name)
+    if model.objectives < objectives:
+        able = ", ".join(other for other in SAMPLERS.names if SAMPLERS.load(other).objectives >= objectives)
+        raise SettingsError(
+            "--sampler", name, f"it knows one objective, and --objectives names {objectives}; take one of {able}"
+        )
+    return model

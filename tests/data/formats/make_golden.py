@@ -199,6 +199,36 @@ def _of_the_optimizer() -> dict[str, BaseModel]:
                 ),
             ),
         ),
+        "pareto_front": s.ParetoFront(
+            study_name="tiny_pixar",
+            updated=at("10:46:31"),
+            objectives=(
+                s.Objective(name="brightness", direction="minimise", target=0.5),
+                s.Objective(name="clip_consistency", direction="maximise"),
+            ),
+            front=(
+                s.FrontMember(
+                    trial=5,
+                    optuna_number=4,
+                    values={"brightness": 0.012, "clip_consistency": 0.31},
+                    value=0.044,
+                    checkpoint=f"trial_0005/{FINAL}.safetensors",
+                    knee_distance=0.0,
+                ),
+                s.FrontMember(
+                    trial=4,
+                    optuna_number=3,
+                    values={"brightness": 0.031, "clip_consistency": 0.33},
+                    value=0.251,
+                    checkpoint="trial_0004/lora_trial_4.safetensors",
+                    knee_distance=0.0,
+                ),
+            ),
+            knee=5,
+            reference_point={"brightness": 0.033, "clip_consistency": 0.308},
+            hypervolume=0.000082,
+            history=(s.FrontGrowth(trial=4, hypervolume=0.000044), s.FrontGrowth(trial=5, hypervolume=0.000082)),
+        ),
     }
 
 
