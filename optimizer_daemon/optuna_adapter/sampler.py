@@ -24,6 +24,7 @@ DRAW = "draw"
 "request" and "training_seed" where somebody asked for it, and "finalist_of" for one that is trained again."""
 
 EPOCHS = "max_train_epochs"
+MOST_DRAWS = 100  # until one comes that nobody trains
 
 
 class FeasibleSampler(BaseSampler):
@@ -46,10 +47,26 @@ class FeasibleSampler(BaseSampler):
         self.distributions: dict[str, BaseDistribution] = self._space.distributions
 
     def draw(self, study: Study, trial: FrozenTrial) -> dict[str, Value]:
-        """Return a feasible value for each declared parameter, the pinned ones too."""
-        rng = Random(f"{self._seed}/{trial.number}")
+        """Return a feasible value for each declared parameter, the pinned ones too; not what another one trains now.
+
+        Only a space with fewer configurations than trials that run at once makes it repeat one of these.
+        """
+        running = [
+            known.user_attrs[DRAW]["values"]
+            for known in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            if DRAW in known.user_attrs and known.number != trial.number
+        ]
+        for again in range(MOST_DRAWS):
+            values = self._drawn(study, trial, again)
+            if values not in running:
+                break
+        return values
+
+    def _drawn(self, study: Study, trial: FrozenTrial, again: int) -> dict[str, Value]:
+        """Draw once; after the first time by the start-up plan, for a model may insist."""
+        rng = Random(f"{self._seed}/{trial.number}/{again}" if again else f"{self._seed}/{trial.number}")
         trials = [known for known in study.get_trials(deepcopy=False) if known.number != trial.number]
-        finished = sum(known.state in (TrialState.COMPLETE, TrialState.PRUNED) for known in trials)
+        finished = 0 if again else sum(known.state in (TrialState.COMPLETE, TrialState.PRUNED) for known in trials)
         start_up = self._model.start_up_trials
         if start_up is None or finished < start_up or not self._space.wide:
             return self._space.draw(rng)

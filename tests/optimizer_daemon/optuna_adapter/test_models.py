@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from random import Random
+from statistics import median
 
 import optuna
 import pytest
@@ -196,3 +197,32 @@ def test_the_newest_of_a_long_history_holds_its_best_and_latest_and_what_runs():
     kept = History([optuna.study.StudyDirection.MINIMIZE], [*trials, running]).newest(20)
     numbers = [known.number for known in kept.get_trials()]
     assert numbers == [*range(140, 150), *range(290, 301)]
+
+
+@pytest.mark.parametrize("name", ["gp", "tpe"])
+def test_a_running_trial_repels_the_next_draw(name):
+    """Without it the same model draws at the same place again."""
+    space, model = parse_space(LINE, "test.toml"), SAMPLERS.load(name)
+
+    def study(*running: dict) -> optuna.Study:
+        made, rng = optuna.create_study(), Random(5)
+        for _ in range(12):
+            values = space.draw(rng)
+            score = abs(values["x"] - 0.6) + (0.0 if values["kind"] == "b" else 0.5)
+            made.add_trial(trial(space, values, TrialState.COMPLETE, score))
+        for values in running:
+            made.add_trial(trial(space, values, TrialState.RUNNING))
+        return made
+
+    def distance(one: dict, other: dict) -> float:
+        return abs(one["x"] - other["x"]) + (one["kind"] != other["kind"])
+
+    def draw(seed: int, *running: dict) -> dict:
+        return FeasibleSampler(space, seed, {}, model).draw(study(*running), asked(study(*running)))
+
+    alone, beside = [], []
+    for seed in range(3 if name in SLOW_MODELS else 9):
+        first = draw(seed)
+        alone.append(distance(first, draw(seed + 100)))
+        beside.append(distance(first, draw(seed + 100, first)))
+    assert median(alone) < 0.05 < median(beside), (alone, beside)

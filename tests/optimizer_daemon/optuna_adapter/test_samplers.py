@@ -27,6 +27,16 @@ when = "dim >= 8 and rate > 1e-4"
 reason = "too hot"
 """
 
+SIX = """
+name = "six"
+[parameters.dim]
+type = "categorical"
+choices = [4, 8, 16]
+[parameters.kind]
+type = "categorical"
+choices = ["a", "b"]
+"""
+
 
 @pytest.fixture
 def space() -> SearchSpace:
@@ -64,3 +74,24 @@ def test_an_unknown_sampler_is_refused_before_the_database_is_made(tmp_path, spa
     with pytest.raises(UnknownPluginError, match="no sampler named 'grid'; choose one of auto, cmaes, gp, "):
         TuningStudy.open("s", f"sqlite:///{file}", space, seed=3, folder_id="a", sampler="grid")
     assert not file.exists()
+
+
+@pytest.mark.parametrize("name", SAMPLERS.names)
+def test_two_drawn_before_one_is_told_are_never_the_same(tmp_path, monkeypatch, name):
+    """Of six configurations, so that chance and a model that insists would both repeat one."""
+    monkeypatch.setattr(SAMPLERS.load(name), "start_up_trials", 4 if name != "random" else None)
+    space = parse_space(SIX, "test.toml")
+    study = TuningStudy.open("s", f"sqlite:///{tmp_path / 's.db'}", space, seed=3, folder_id="a", sampler=name)
+    for _ in range(6):
+        pair = study.ask(), study.ask()
+        assert pair[0].values != pair[1].values
+        for draw in pair:
+            study.tell_complete(draw.number, draw.values["dim"] + (draw.values["kind"] == "b"), None)
+
+
+def test_a_space_that_has_no_more_configurations_repeats_one(tmp_path):
+    space = parse_space(SIX, "test.toml")
+    study = TuningStudy.open("s", f"sqlite:///{tmp_path / 's.db'}", space, seed=3, folder_id="a", sampler="random")
+    draws = [study.ask().values for _ in range(7)]
+    assert len({tuple(values.items()) for values in draws[:6]}) == 6
+    assert draws[6] in draws[:6]
