@@ -364,6 +364,31 @@ PLUGINS = [
         flags("--sampler", "tpee"),
     ),
     Case(
+        "sampler: several objectives are too many for it",
+        ("--sampler: 'cmaes'", "--objectives names 2; take one of auto, gp, nsga2, random, tpe"),
+        flags("--sampler", "cmaes", "--objectives", "brightness,contrast"),
+    ),
+    Case(
+        "objective: unknown",
+        ("--objectives: 'brightness,contrst'", "there is no 'contrst'", "name two or more of combined_score"),
+        flags("--objectives", "brightness, contrst"),
+    ),
+    Case(
+        "objective: one alone",
+        ("--objectives: 'brightness'", "is what --scoring is for", "or leave the flag out"),
+        flags("--objectives", "brightness"),
+    ),
+    Case(
+        "objective: twice",
+        ("--objectives: 'contrast,contrast'", "contrast is named twice"),
+        flags("--objectives", "contrast,contrast"),
+    ),
+    Case(
+        "objective: finalists of a front",
+        ("--finalists: 2", "leave one of the two out"),
+        flags("--objectives", "brightness,contrast", "--finalists", 2),
+    ),
+    Case(
         "metric: unknown",
         ("no metric named 'fid'; choose one of clip_consistency, clip_image, dino_likeness",),
         flags("--metrics", "pixels,fid"),
