@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from optimizer_daemon.baselines import Baselines, against, keep_copies, rivals
 from optimizer_daemon.commands import RequestDesk
 from optimizer_daemon.database import Database
 from optimizer_daemon.display import LiveLine
@@ -25,7 +26,14 @@ from optimizer_daemon.recovery import (
 )
 from optimizer_daemon.refresh import PictureRefresh
 from optimizer_daemon.remains import drop_set_aside, drop_training_state, set_aside
-from optimizer_daemon.results import all_trials, publish_final, results_are_of, trials_of_stage, write_results
+from optimizer_daemon.results import (
+    all_trials,
+    publish_final,
+    results_are_of,
+    rewrite_summaries,
+    trials_of_stage,
+    write_results,
+)
 from optimizer_daemon.runner import LiveTrial, Runner, now_local
 from optimizer_daemon.scorekeeper import ScoreKeeper
 from optimizer_daemon.scores import ScoreReader
@@ -150,12 +158,15 @@ class OptimizerDaemon:
                 objectives=self._objectives,
             )
             refuse_unknown_trials(self._study, self.layout)
+        keep_copies(self.layout, self._run, settings.baseline)
         self._objective = self._run.plan.scoring.objective
         never = settings.gpu_policy == "defer"  # no score comes before the training has ended
         pruner = Pruner("none" if never else settings.pruner, settings.pruner_warmup_epochs)
         reader = ScoreReader(self._run.plan_hash, self._objective, self._objectives)
         self._scores = ScoreKeeper(self._study, reader, pruner, self._objective)
         self._scoring = ScoringCommand(self._evaluator, self._run.threads_per_process, self._clock)
+        threads, device = self._run.threads_per_process, self._slots.scoring_device(())
+        self._baselines = Baselines(self.layout, self._run, self._evaluator, device, threads, self._clock)
         if isinstance(self._trainer, Prepares):
             self._trainer.prepare(self._run, self.layout)
         self._runner = Runner(self._trainer, self._run, settings.gpu_policy)
@@ -214,6 +225,7 @@ class OptimizerDaemon:
         processes = [live.process for live in self._live if live.process is not None]
         stop_together(processes, term_timeout_s=term_timeout_s, kill_timeout_s=KILL_TIMEOUT_S)
         self._scoring.stop()
+        self._baselines.stop()
 
     # ------------------------------------------------------------------------------------------------------ one tick
 
@@ -224,6 +236,8 @@ class OptimizerDaemon:
         if self._desk.stop_asked is not None:
             self._service.stop()
         self._scoring.poll()
+        if self._baselines.poll():
+            self._baselines_scored()
         for live in list(self._live):
             while self._advance(live):
                 pass
@@ -272,7 +286,7 @@ class OptimizerDaemon:
 
     def _draw_trials(self) -> None:
         """Ask for a trial when another may begin and one is left to run."""
-        if self._service.stopping or not self._slots.may_draw(self._standings()):
+        if self._service.stopping or self._baselines.pending or not self._slots.may_draw(self._standings()):
             return
         # What somebody asked for is run even where enough trials are finished.
         left = self._finished + len(self._live) < self._target or self._study.queued > 0
@@ -335,7 +349,7 @@ class OptimizerDaemon:
         final = live.scores.final
         assert final is not None, "a scored trial has a final score"
         assert self._run.plan is not None
-        publish_final(live.layout, final, self._run.plan.scoring)
+        publish_final(live.layout, final, self._run.plan.scoring, rivals(self.layout, self._run))
         reach("optimizer.published")
         live.write_state(
             state="complete",
@@ -365,6 +379,9 @@ class OptimizerDaemon:
         self._refresh_results()
         if state.state == "complete":
             fields: dict[str, Any] = {self._objective: state.value, **state.objectives}
+            assert state.value is not None, "a complete trial has a value"
+            held = against(self._trials.baselines, state.value)
+            fields |= {f"against_{name}": f"{difference:+.4f}" for name, difference in held.items()}
             if not state.feasible:
                 fields["cannot_win"] = state.reason
             log_change(
@@ -377,6 +394,12 @@ class OptimizerDaemon:
                 study_eta=duration(seconds_left(self._trials, self._target - self._finished, len(self._slots))),
             )
         self._failures.remember(state.reason if state.state == "failed" else None)
+
+    def _baselines_scored(self) -> None:
+        assert self._run.plan is not None, "the evaluator scores this workload"
+        rewrite_summaries(self.layout, self._run.plan.scoring, rivals(self.layout, self._run))
+        self._trials = self._collect()
+        self._refresh_results()
 
     def _refresh_results(self) -> None:
         write_results(self.layout, self._trials)
@@ -404,4 +427,5 @@ class OptimizerDaemon:
 
     def _collect(self) -> AllTrials:
         self._in_stage = trials_of_stage(self.layout, self._stage)
-        return all_trials(self.layout, self._run.study_name, self._objective, now_local(), self._objectives)
+        trials = all_trials(self.layout, self._run.study_name, self._objective, now_local(), self._objectives)
+        return trials.model_copy(update={"baselines": self._baselines.results()})

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from optimizer_daemon.finalists import contenders
 from optimizer_daemon.goals import goals_against
-from optimizer_daemon.scores import FinalScore
+from optimizer_daemon.scores import FinalScore, parts_lacking
 from optimizer_daemon.trade_offs import front, knee
 from shared.errors import DiskError, UnreadableFileError
 from shared.files import read_model, write_bytes, write_model, write_text
@@ -33,21 +34,34 @@ def goal_lines(metrics: Metrics, scoring: ScoringPreset) -> list[str]:
     return [goal.line for goal in goals_against(metrics, scoring)]
 
 
-def publish_final(trial: TrialLayout, final: FinalScore, scoring: ScoringPreset) -> None:
-    """Copy the deciding evaluation to the trial's evaluation/ and say in words what it means."""
+def publish_final(
+    trial: TrialLayout, final: FinalScore, scoring: ScoringPreset, rivals: Mapping[str, Metrics] = MappingProxyType({})
+) -> None:
+    """Copy the deciding evaluation to the trial's evaluation/ and say in words what it means.
+
+    Args:
+        rivals: what it is held against, by name.
+    """
     target = trial.final_evaluation
     _make(target.folder)
     for sample in final.metrics.samples:
         write_bytes(target.folder / Path(sample.file).name, (final.render.folder / Path(sample.file).name).read_bytes())
     if final.render.grid.exists():
         write_bytes(target.grid, final.render.grid.read_bytes())
-    write_text(target.text_summary, summary_text(final.metrics, scoring))
+    write_text(target.text_summary, summary_text(final.metrics, scoring, rivals))
     # Last: whoever finds it finds the rest too.
     write_bytes(target.metrics, final.render.metrics.read_bytes())
 
 
-def summary_text(metrics: Metrics, scoring: ScoringPreset) -> str:
-    """Return EVALUATION_SUMMARY.txt: scores, goals, gate, prompts."""
+def rewrite_summaries(study: StudyLayout, scoring: ScoringPreset, rivals: Mapping[str, Metrics]) -> None:
+    """Write every trial's EVALUATION_SUMMARY.txt again, after something to hold it against has its score."""
+    for trial in study.list_trials():
+        if (metrics := _decided_by(trial)) is not None:
+            write_text(trial.final_evaluation.text_summary, summary_text(metrics, scoring, rivals))
+
+
+def summary_text(metrics: Metrics, scoring: ScoringPreset, rivals: Mapping[str, Metrics] = MappingProxyType({})) -> str:
+    """Return EVALUATION_SUMMARY.txt: scores, differences to what it is held against, goals, gate, prompts."""
     epoch = "unknown" if metrics.epoch is None else metrics.epoch
     lines = [f"{metrics.trial_name}  {metrics.checkpoint}  epoch {epoch}", f"evaluated {metrics.evaluation_time}", ""]
     lines += ["Scores"]
@@ -56,6 +70,8 @@ def summary_text(metrics: Metrics, scoring: ScoringPreset) -> str:
         value = "not computed" if score.value is None else f"{score.value:.4f}"
         lacking = f"; without {', '.join(score.left_out)}" if score.left_out else ""
         lines.append(f"  {name:20} {value}  ({better} is better{lacking})")
+    for rival, theirs in rivals.items():
+        lines += ["", f"Against {rival}", *(f"  {line}" for line in _differences(metrics, theirs))]
     lines += ["", "Goals", *(f"  {line}" for line in goal_lines(metrics, scoring))]
     lines += ["", f"Gate: {'passed' if metrics.gate.feasible else 'FAILED, this checkpoint cannot win'}"]
     for name, check in sorted(metrics.gate.checks.items()):
@@ -64,6 +80,20 @@ def summary_text(metrics: Metrics, scoring: ScoringPreset) -> str:
     lines += ["", "Pictures"]
     lines += [f"  {sample.file}  seed {sample.seed}  {sample.prompt}" for sample in metrics.samples]
     return "\n".join(lines) + "\n"
+
+
+def _differences(ours: Metrics, theirs: Metrics) -> Iterator[str]:
+    for name, score in sorted(ours.scores.items()):
+        other = theirs.scores.get(name)
+        if other is None or score.value is None or other.value is None:
+            yield f"{name:20} not to be told"
+        elif parts_lacking(score) != parts_lacking(other):
+            yield f"{name:20} {score.value:.4f} against {other.value:.4f}, made of different parts"
+        else:
+            difference = score.value - other.value
+            better = (difference < 0) == (score.direction == "minimise")
+            verdict = f"{'better' if better else 'worse'} by {abs(difference):.4f}" if difference else "the same"
+            yield f"{name:20} {score.value:.4f} against {other.value:.4f}, {verdict}"
 
 
 def all_trials(
@@ -152,9 +182,10 @@ def first_value(trials: AllTrials, finalist: TrialResult) -> float | None:
 def results_are_of(study: StudyLayout, trials: AllTrials) -> bool:
     """Tell whether results/ already says what these trials say."""
     try:
-        return read_model(study.results.all_trials, AllTrials).trials == trials.trials
+        known = read_model(study.results.all_trials, AllTrials)
     except (FileNotFoundError, UnreadableFileError):
         return False
+    return (known.trials, known.baselines) == (trials.trials, trials.baselines)
 
 
 def write_results(study: StudyLayout, trials: AllTrials) -> None:

@@ -98,7 +98,7 @@ class ScoreReader:
         """Return the scores of a trial; `last_epoch` is its horizon, for a final file that does not tell."""
         standings = self._standings(trial, last_epoch)
         recorded = sum(standing.settled for standing in standings)
-        usual = self._usual_parts(trial)
+        usual = usual_parts(StudyLayout(trial.folder.parent), self._plan_hash, self._objective)
         curve = self._curve(trial, standings, usual)
         seen = TrialScores("pending", "", curve, len(standings), recorded)
         final = next((standing for standing in standings if standing.name == trial.output_name), None)
@@ -108,17 +108,6 @@ class ScoreReader:
             why = final.record.quarantine.reason if final.record.quarantine else "the file is cut short"
             return TrialScores("unscorable", why, curve, len(standings), recorded)
         return self._judged(seen, trial, final.record, usual)
-
-    def _usual_parts(self, trial: TrialLayout) -> frozenset[str] | None:
-        """What the base model's own score was made without; None where it is not there.
-
-        It is measured before any checkpoint of the study, so it tells what all of them are measured with, whichever
-        comes first and however often the daemons are started.
-        """
-        metrics = _read(StudyLayout(trial.folder.parent).base_render(self._plan_hash).metrics, Metrics)
-        if metrics is None or metrics.plan_hash != self._plan_hash or self._objective not in metrics.scores:
-            return None
-        return _parts(metrics.scores[self._objective])
 
     def _judged(
         self, seen: TrialScores, trial: TrialLayout, record: CheckpointRecord, usual: frozenset[str] | None
@@ -131,7 +120,7 @@ class ScoreReader:
             missing = ", ".join(score.left_out) if score is not None else "it"
             why = f"{self._objective} could not be computed without {missing}"
             return TrialScores("unscorable", why, seen.curve, seen.seen, seen.recorded)
-        if why := _unlike(self._objective, score, usual):
+        if why := unlike(self._objective, score, usual):
             return TrialScores("unscorable", why, seen.curve, seen.seen, seen.recorded)
         objections = [check.reason for check in metrics.gate.checks.values() if check.passed is False and check.reason]
         because = None if metrics.gate.feasible else "; ".join(objections) or "it failed its gate"
@@ -161,7 +150,7 @@ class ScoreReader:
 
     def _records(self, trial: TrialLayout) -> dict[str, list[CheckpointRecord]]:
         """Return the records of this plan by checkpoint name, the latest first."""
-        state = _read(trial.evaluations.state, EvaluationState)
+        state = read_or_none(trial.evaluations.state, EvaluationState)
         found: dict[str, list[CheckpointRecord]] = {}
         for record in reversed(state.checkpoints if state is not None else ()):
             if record.plan_hash == self._plan_hash:
@@ -189,7 +178,7 @@ class ScoreReader:
             if name is None:
                 continue
             render = trial.evaluations.checkpoint(name)
-            metrics = _read(render.metrics, Metrics)
+            metrics = read_or_none(render.metrics, Metrics)
             identity = (record.checkpoint_sha256, self._plan_hash)
             if metrics is not None and (metrics.checkpoint_sha256, metrics.plan_hash) == identity:
                 return metrics, render
@@ -206,7 +195,7 @@ class ScoreReader:
                 continue
             metrics, _ = self._metrics(trial, standing.record)
             score = metrics.scores.get(self._objective) if metrics is not None else None
-            if metrics is None or score is None or score.value is None or _unlike(self._objective, score, usual):
+            if metrics is None or score is None or score.value is None or unlike(self._objective, score, usual):
                 continue
             points.append(
                 CurvePoint(
@@ -219,27 +208,39 @@ class ScoreReader:
         return tuple(points)
 
 
-def _parts(score: Score) -> frozenset[str]:
+def usual_parts(study: StudyLayout, plan_hash: str, objective: str) -> frozenset[str] | None:
+    """What the base model's own score was made without; None where it is not there.
+
+    It is measured before any checkpoint of the study, so it tells what all of them are measured with, whichever comes
+    first and however often the daemons are started.
+    """
+    metrics = read_or_none(study.base_render(plan_hash).metrics, Metrics)
+    if metrics is None or metrics.plan_hash != plan_hash or objective not in metrics.scores:
+        return None
+    return parts_lacking(metrics.scores[objective])
+
+
+def parts_lacking(score: Score) -> frozenset[str]:
     """What a score was made without, besides what the base model never has: a difference from itself."""
     return frozenset(score.left_out) - {BASE_DIFFERENCE}
 
 
-def _unlike(objective: str, score: Score, usual: frozenset[str] | None) -> str:
+def unlike(objective: str, score: Score, usual: frozenset[str] | None) -> str:
     """Say why a score is not on the scale of the study's others, "" where it is."""
-    if usual is None or _parts(score) == usual:
+    if usual is None or parts_lacking(score) == usual:
         return ""
-    if lacking := sorted(_parts(score) - usual):
+    if lacking := sorted(parts_lacking(score) - usual):
         return (
             f"{objective} was made without {', '.join(lacking)}, which the study's other scores have; give the "
             "evaluator back what it needs (evaluator-daemon metrics says what), then enqueue its parameters again"
         )
     return (
-        f"{objective} was made with {', '.join(sorted(usual - _parts(score)))}, which the base model's score in "
+        f"{objective} was made with {', '.join(sorted(usual - parts_lacking(score)))}, which the base model's score in "
         "reference/ lacks; take it away from the evaluator again, or begin a new study"
     )
 
 
-def _read(path: Path, model: type[F]) -> F | None:
+def read_or_none(path: Path, model: type[F]) -> F | None:
     """Return a file of the evaluator; None when it is not there, or damaged: then its writer makes it anew."""
     try:
         return read_model(path, model)

@@ -71,8 +71,7 @@ class ScoringCommand:
         """Begin to score a trial's checkpoints on a device. Main thread only."""
         output = tempfile.TemporaryFile()  # noqa: SIM115  closed by `poll` or `stop`
         argv = [*self._command, "evaluate", "--trial", str(trial.folder), "--device", device]
-        environment = {**child_environment(), "OMP_NUM_THREADS": str(self._threads), "PYTHONUNBUFFERED": "1"}
-        self._running = _Running(trial, spawn(argv, env=environment, stdout=output, stderr=output), output)
+        self._running = _Running(trial, spawn_evaluator(argv, self._threads, output), output)
         log_change(_log, "scoring started", trial=trial.number, by="evaluator-daemon evaluate")
 
     def poll(self) -> None:
@@ -85,12 +84,12 @@ class ScoringCommand:
             return
         running, self._running = self._running, None
         with running.output:
-            said = _tail(running.output)
+            said = tail(running.output)
         if code == 0:
             self._failures = 0
             return
         self._failures += 1
-        self._not_before = self._clock() + FIRST_PAUSE_S * 2 ** (self._failures - 1)
+        self._not_before = self._clock() + pause_s(self._failures)
         log_change(
             _log, "scoring failed", level=logging.WARNING, trial=running.trial.number, exit=code, said=said[-300:]
         )
@@ -105,14 +104,31 @@ class ScoringCommand:
         if self._running is None:
             return
         running = self._running
-        stop(ProcessIdentity.of(running.process.pid), term_timeout_s=_TERM_TIMEOUT_S, kill_timeout_s=_KILL_TIMEOUT_S)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            running.process.wait(timeout=_KILL_TIMEOUT_S)
+        stop_evaluator(running.process)
         running.output.close()
         self._running = None  # last: a second signal may interrupt us, and then we are called again
 
 
-def _tail(output: IO[bytes]) -> str:
+def spawn_evaluator(argv: Sequence[str], threads: int, output: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Start the evaluator's program; what it says goes to a file. Main thread only."""
+    environment = {**child_environment(), "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    return spawn(argv, env=environment, stdout=output, stderr=output)
+
+
+def stop_evaluator(process: subprocess.Popen[bytes]) -> None:
+    """End the evaluator's program with all it started; what it has recorded counts."""
+    stop(ProcessIdentity.of(process.pid), term_timeout_s=_TERM_TIMEOUT_S, kill_timeout_s=_KILL_TIMEOUT_S)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=_KILL_TIMEOUT_S)
+
+
+def pause_s(failures: int) -> float:
+    """Return how long to wait after so many failures in a row."""
+    return float(FIRST_PAUSE_S * 2 ** (failures - 1))
+
+
+def tail(output: IO[bytes]) -> str:
+    """Return the end of what a program said, in one line."""
     end = output.seek(0, os.SEEK_END)
     output.seek(max(0, end - _QUOTED_BYTES))
     return " | ".join(output.read().decode(errors="replace").split("\n")).strip(" |") or "nothing"

@@ -80,6 +80,11 @@ class OptimizerSettings(DaemonSettings):
     model_family: ModelFamily | None = Field(
         None, description="family of the base model, sd15 or sdxl (default: as the model itself says)"
     )
+    baseline: tuple[str, ...] = Field(
+        (),
+        description="a LoRA of yours as NAME=FILE, repeatable: scored like a checkpoint before the first trial, and "
+        "shown beside every trial",
+    )
     sampler: str = Field(
         "tpe",
         min_length=1,
@@ -163,7 +168,7 @@ def load_optimizer_settings(arguments: argparse.Namespace) -> OptimizerSettings:
         SettingsError: a value will not do.
     """
     loaded = load_settings(OptimizerSettings, arguments)
-    changes: dict[str, str] = {}
+    changes: dict[str, Any] = {}
     # A scoring without suffix or folder is a misspelt preset, and is to be shown as it was written.
     for field, presets in (("search_space", search_spaces()), ("scoring", scorings())):
         name = getattr(loaded.settings, field)
@@ -172,6 +177,8 @@ def load_optimizer_settings(arguments: argparse.Namespace) -> OptimizerSettings:
             beside = config is not None and loaded.origins[field].startswith(str(config))
             changes[field] = str((config.parent / name if beside else Path(name)).absolute())
     settings = loaded.settings
+    if arguments.config is not None and loaded.origins["baseline"].startswith(str(arguments.config)):
+        changes["baseline"] = tuple(_file_beside(arguments.config.parent, entry) for entry in settings.baseline)
     name = settings.trainer_name
     # A variable that all programs see names the checkout, but never chooses the trainer.
     directory = settings.sd_scripts_dir or (Path(text) if (text := os.environ.get("SD_SCRIPTS_DIR")) else None)
@@ -184,3 +191,9 @@ def load_optimizer_settings(arguments: argparse.Namespace) -> OptimizerSettings:
         lines=COMMAND_LINES.get(name, ()),
     )
     return settings
+
+
+def _file_beside(folder: Path, entry: str) -> str:
+    """Make the file of NAME=FILE relative to a folder; what has another form is refused later."""
+    name, equals, file = entry.partition("=")
+    return f"{name}={(folder / file).absolute()}" if name and equals and file else entry

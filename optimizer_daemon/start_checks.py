@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from random import Random
 
+from optimizer_daemon.baselines import read_baselines, with_baselines
 from optimizer_daemon.optuna_adapter.study import Draw
 from optimizer_daemon.recovery import params_of
 from optimizer_daemon.runner import now_local
@@ -52,6 +53,8 @@ def check_inputs(
             settings.finalists,
             "they repeat the best by one score, and --objectives has a front of trade-offs; leave one of the two out",
         )
+    assert settings.base_model is not None, "it was required above"
+    run = with_baselines(run, read_baselines(settings.baseline, settings.base_model))
     if run.pictures is not None and run.pictures.held_out and not holds_out(trainer):
         raise SettingsError(
             "--trainer",

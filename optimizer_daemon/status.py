@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from optimizer_daemon.baselines import against, baseline_lines, baseline_results
 from optimizer_daemon.results import all_trials, ranked, winner
 from optimizer_daemon.runner import now_local
 from optimizer_daemon.search.objectives import objectives_of_run
@@ -15,7 +16,7 @@ from shared.errors import UnreadableFileError, UserError
 from shared.files import read_model
 from shared.layout import StudyLayout, TrialLayout, expected_checkpoints
 from shared.locks import FileLock
-from shared.schemas import EvaluationState, Run, TrialParams, TrialResult, TrialState, VersionedFile
+from shared.schemas import BaselineResult, EvaluationState, Run, TrialParams, TrialResult, TrialState, VersionedFile
 
 F = TypeVar("F", bound=VersionedFile)
 
@@ -46,6 +47,7 @@ def study_status(study: StudyLayout, top: int) -> dict[str, Any]:
     objectives = objectives_of_run(run) if run is not None else ()
     trials = all_trials(study, name, objective, now_local(), objectives)
     best = winner(trials)
+    baselines = baseline_results(study, run) if run is not None else ()
     every = settings.get("save-every-n-epochs")
     return {
         "study": trials.study_name,
@@ -61,8 +63,12 @@ def study_status(study: StudyLayout, top: int) -> dict[str, Any]:
         "target": settings.get("n-trials"),
         "best": None if best is None else best.trial,
         "best_is": None if best is None or best.finalist_of is None else finalist_line(trials, best),
-        "top": [_row(study, trial, every, gpus) for trial in ranked(trials)[:top]],
-        "under_way": [_row(study, trial, every, gpus) for trial in trials.trials if trial.state in _UNDER_WAY],
+        "baselines": [result.model_dump() for result in baselines],
+        "baseline_lines": baseline_lines(baselines, objective, None if best is None else best.value),
+        "top": [_row(study, trial, every, gpus, baselines) for trial in ranked(trials)[:top]],
+        "under_way": [
+            _row(study, trial, every, gpus, baselines) for trial in trials.trials if trial.state in _UNDER_WAY
+        ],
         "quarantined": [row for trial in study.list_trials() for row in _quarantined(trial, damaged)],
         "requests": [
             {"to": recipient, "file": path.name}
@@ -95,6 +101,8 @@ def status_text(status: dict[str, Any]) -> str:
     for request in status["requests"]:
         lines.append(f"open request to the {request['to']} daemon: {request['file']}")
     lines += [f"damaged: {sentence}" for sentence in status["damaged"]]
+    if status["baseline_lines"]:
+        lines += ["", *status["baseline_lines"]]
     names = [known["name"] for known in status["objectives"]] or [status["objective"]]
     if status["top"]:
         lines += ["", f"{'trial':>5}  {'  '.join(f'{name:>14}' for name in names)}  parameters"]
@@ -112,6 +120,7 @@ def _mark(trial: dict[str, Any], status: dict[str, Any]) -> str:
     mark = "" if trial["finalist_of"] is None else f"  (trial {trial['finalist_of']} again)"
     if trial["trial"] in status["front"]:
         mark += "  (front, its knee)" if trial["trial"] == status["best"] else "  (front)"
+    mark += "".join(f"  {difference:+.4f} to {name}" for name, difference in trial["against"].items())
     return mark + ("" if trial["feasible"] is not False else "  (failed its gate)")
 
 
@@ -136,7 +145,9 @@ def _quarantined(trial: TrialLayout, damaged: list[str]) -> Iterator[dict[str, A
             }  # fmt: skip
 
 
-def _row(study: StudyLayout, trial: TrialResult, every: Any, gpus: Mapping[int, str]) -> dict[str, Any]:
+def _row(
+    study: StudyLayout, trial: TrialResult, every: Any, gpus: Mapping[int, str], baselines: Sequence[BaselineResult]
+) -> dict[str, Any]:
     epochs = trial.parameters.get("max_train_epochs")
     expected = expected_checkpoints(epochs, every) if isinstance(epochs, int) and isinstance(every, int) else None
     return {
@@ -148,6 +159,7 @@ def _row(study: StudyLayout, trial: TrialResult, every: Any, gpus: Mapping[int, 
         "value": trial.value,
         "values": trial.values,
         "feasible": trial.feasible,
+        "against": {} if trial.value is None else against(baselines, trial.value),
         "checkpoints_seen": len(study.trial(trial.trial).list_checkpoints()),
         "checkpoints_expected": expected,
         "curve": [(point.epoch, point.value) for point in trial.curve],

@@ -41,6 +41,7 @@ WORKLOAD = "sd-lora"
 MOST_PROMPTS = 8
 
 _FREE = {
+    "baseline",  # run.json keeps those it has
     "n_trials",
     "max_epochs",
     "timeout",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+from optimizer_daemon.baselines import baseline_lines
 from optimizer_daemon.results import first_value, ranked, winner
 from optimizer_daemon.runner import LiveTrial
 from optimizer_daemon.search.space import format_parameters
@@ -24,7 +25,7 @@ def ended_text(study: StudyLayout, trials: AllTrials, finished: int, target: int
     if best is None:
         measured = len(ranked(trials))
         lines.append(f"No winner yet: {measured} trials have a score, and none of them passed its gate.")
-        return "\n".join(lines)
+        return "\n".join([*lines, *baseline_lines(trials.baselines, trials.objective, None)])
     trial = study.trial(best.trial)
     if trials.objectives:
         lines += ["", *front_lines(study, trials), "", f"Knee: trial {best.trial}, {shown_values(best.values)}"]
@@ -32,6 +33,7 @@ def ended_text(study: StudyLayout, trials: AllTrials, finished: int, target: int
         lines += ["", f"Winner: trial {best.trial}, {trials.objective} {best.value:.4f} (lower is better)"]
         if best.finalist_of is not None:
             lines.append(finalist_line(trials, best))
+    lines += baseline_lines(trials.baselines, trials.objective, best.value)
     lines += format_parameters(best.parameters)
     lines += [
         "",

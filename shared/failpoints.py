@@ -35,6 +35,7 @@ PLACES = MappingProxyType(
         "requests.carried_out": "a request is carried out or refused; the answer is not written",
         "requests.answered": "the answer is written; the request is not removed",
         "database.changed": "the database on a local disk has changed; its copy in the study folder has not",
+        "optimizer.baseline_copied": "a baseline's copy stands; run.json may lack it, the evaluator has not seen it",
         "optimizer.finalist_in_line": "a finalist waits in line; it is no running trial yet",
         "optimizer.asked": "the study has a new trial; nothing is stored of its draw",
         "optimizer.draw_stored": "the draw is stored in the study; the trial has no folder",

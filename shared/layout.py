@@ -42,6 +42,9 @@ TEMPORARY_MARK = ".tmp-"
 CORRUPT_MARK = ".corrupt-"
 """In the name of an unreadable file that its writer set aside: <name>.corrupt-<time>."""
 
+BASELINE = "baseline"
+"""Label of the evaluations of the weights passed by --baseline."""
+
 LABEL_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 """A label names one folder below evaluations/, so it must not be able to leave it."""
 
@@ -319,12 +322,16 @@ class StudyLayout:
     manager_log = Below("evaluator_manager.log")
     manager_state = Below(MANAGER_STATE)
     reference = Below("reference")  # renders of the base model alone
-    baseline = Below("baseline")  # copies of the weights passed by --baseline
+    baseline = Below(BASELINE)  # copies of the weights passed by --baseline
     trainer_cache = Below("trainer_cache")  # what a trainer keeps for all trials; made again where it is missing
 
     @property
     def results(self) -> ResultsLayout:
         return ResultsLayout(self.root / "results")
+
+    def baseline_file(self, name: str) -> Path:
+        """Return the study's copy of a baseline."""
+        return self.baseline / f"{name}.safetensors"
 
     def base_render(self, plan_hash: str) -> RenderLayout:
         """Return where the base model's own pictures and figures under one evaluation plan lie."""

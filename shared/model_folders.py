@@ -202,6 +202,16 @@ def vae_factor(base_model: Path) -> int:
     return int(2 ** (len(blocks) - 1))
 
 
+def cross_attention_dim(base_model: Path) -> int | None:
+    """Return how wide the text is that the UNet reads: 768 for SD 1.x, 1024 for 2.x, 2048 for SDXL; None if unsaid.
+
+    Raises:
+        SettingsError: it is no base model, or its configuration cannot be read.
+    """
+    width = _config(base_model, "unet").get("cross_attention_dim")
+    return width if isinstance(width, int) else None
+
+
 def _model_files(folder: Path, setting: str) -> list[Path]:
     """List the configuration and weights of every component, sorted by path."""
     index = folder / "model_index.json"

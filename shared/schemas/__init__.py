@@ -34,6 +34,8 @@ from shared.schemas.manager import ActiveEvaluator, EvaluatorManagerState, Quara
 from shared.schemas.optimizer import (
     TERMINAL_STATES,
     AllTrials,
+    Baseline,
+    BaselineResult,
     BestParameters,
     CurvePoint,
     FrontGrowth,
@@ -70,6 +72,8 @@ __all__ = [
     "AllTrials",
     "Answer",
     "Attempt",
+    "Baseline",
+    "BaselineResult",
     "BestCheckpoint",
     "BestParameters",
     "CheckpointRecord",

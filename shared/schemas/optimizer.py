@@ -56,6 +56,13 @@ class Objective(Record):
     )
 
 
+class Baseline(Record):
+    """A LoRA of the user's own that the study is held against."""
+
+    file: Name = Field(description="File it was copied from.")
+    sha256: Sha256 = Field(description="Identity of its content: the hash of its tensor data.")
+
+
 class Run(VersionedFile):
     """The one truth about a study: what it is and under which settings it runs."""
 
@@ -79,6 +86,9 @@ class Run(VersionedFile):
         default=None,
         description="The data set at the first start, by path: its TOML (what it says), pictures and captions. null "
         "until the next start of a study that an earlier version began.",
+    )
+    baselines: dict[str, Baseline] = Field(
+        default_factory=dict, description="LoRAs the study is held against, by name; their copies lie in baseline/."
     )
     trainer: Trainer = Field(description="The trainer.")
     settings: dict[str, Scalar | tuple[Scalar, ...] | None] = Field(
@@ -256,6 +266,16 @@ class TrialResult(Record):
     ended: Time | None = Field(default=None, description="When it reached its final state.")
 
 
+class BaselineResult(Record):
+    """What is known of a LoRA the study is held against."""
+
+    name: Name = Field(description="Its name.")
+    value: float | None = Field(default=None, description="Objective; null when there is none.")
+    feasible: bool | None = Field(default=None, description="Whether it passed its gate; null until scored.")
+    reason: str | None = Field(default=None, description="Why it has no score, or failed its gate.")
+    scores: dict[str, float | None] = Field(default_factory=dict, description="Each score by name.")
+
+
 class AllTrials(VersionedFile):
     """Every trial of the study."""
 
@@ -268,6 +288,7 @@ class AllTrials(VersionedFile):
         description="What is optimised, when that are several things; objective then only ranks running trainings.",
     )
     trials: tuple[TrialResult, ...] = Field(description="The trials by number.")
+    baselines: tuple[BaselineResult, ...] = Field(default=(), description="The LoRAs of --baseline, by name.")
 
 
 class FrontMember(Record):

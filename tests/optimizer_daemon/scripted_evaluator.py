@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 
 from shared.files import read_model, write_bytes, write_model
-from shared.layout import StudyLayout, TrialLayout
+from shared.layout import RenderLayout, StudyLayout, TrialLayout
 from shared.locks import FileLock
 from shared.safetensors_file import read_checkpoint
 from shared.schemas import (
@@ -27,6 +27,7 @@ from shared.schemas import (
     Metric,
     Metrics,
     PhaseSeconds,
+    Quarantine,
     Run,
     Sample,
     Score,
@@ -78,9 +79,11 @@ def entry(record: CheckpointRecord) -> SummaryEntry:
     )
 
 
-def record(trial: TrialLayout, path: Path, checkpoint, run: Run) -> CheckpointRecord:
+def record(
+    trial: TrialLayout, path: Path, checkpoint, run: Run, render: RenderLayout | None = None
+) -> CheckpointRecord:
     started = datetime.now().astimezone()
-    render = trial.evaluations.checkpoint(path.stem)
+    render = render or trial.evaluations.checkpoint(path.stem)
     render.folder.mkdir(exist_ok=True)
     score = float(checkpoint.metadata.get("score", "0.5"))  # other trainers write none
     collapsed = os.environ.get("SCRIPTED_GATE") == str(trial.number)
@@ -141,7 +144,42 @@ def one_pixel() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
+def evaluate_files(study: StudyLayout, label: str, files: list[Path]) -> None:
+    """As `evaluate FILE ... --label NAME` where no manager lives; SCRIPTED_REFUSED names one that is refused."""
+    layout = study.evaluations(label)
+    layout.folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(layout.lock):
+        run = read_model(study.run, Run)
+        known: dict[str, CheckpointRecord] = {}
+        if layout.state.exists():
+            known = {record.checkpoint: record for record in read_model(layout.state, EvaluationState).checkpoints}
+        for path in files:
+            if path.stem in known:
+                continue
+            checkpoint = read_checkpoint(path, study.root)
+            known[path.stem] = record(TrialLayout(layout.folder), path, checkpoint, run, layout.checkpoint(path.stem))
+            if os.environ.get("SCRIPTED_REFUSED") == path.stem:
+                layout.checkpoint(path.stem).metrics.unlink()
+                known[path.stem] = known[path.stem].model_copy(
+                    update={
+                        "status": "quarantined",
+                        "quarantine": Quarantine(code="not_applied", reason="no such layers", since=time()),
+                    }
+                )
+            state = EvaluationState(trial_name=label, updated=time(), checkpoints=tuple(known.values()))
+            write_model(layout.state, state)
+
+
+def time() -> datetime:
+    return datetime.now().astimezone()
+
+
 if __name__ == "__main__":
-    verb, flag, folder, *_ = sys.argv[1:]
-    assert (verb, flag) == ("evaluate", "--trial"), sys.argv
-    evaluate(TrialLayout(Path(folder)))
+    verb, *words = sys.argv[1:]
+    assert verb == "evaluate", sys.argv
+    if words[0] == "--trial":
+        evaluate(TrialLayout(Path(words[1])))
+    else:
+        flags = words.index("--label")
+        _, label, _, root = words[flags : flags + 4]
+        evaluate_files(StudyLayout(Path(root)), label, [Path(file) for file in words[:flags]])

@@ -793,6 +793,17 @@ STUDIES = [
         flags("--gpu-policy", "never"),
     ),
     Case(
+        "baseline: no LoRA",
+        ("--baseline: ", "not a LoRA", "name a LoRA that is whole"),
+        flags("--baseline", f"v6={BASE_MODEL / 'unet' / 'diffusion_pytorch_model.safetensors'}"),
+    ),
+    Case("baseline: no such file", ("--baseline: ", "file that is there"), flags("--baseline", "v6=/gone.safetensors")),
+    Case(
+        "baseline: a name that leaves the folder",
+        ("--baseline: ", "give it a name of small letters"),
+        flags("--baseline", "../v6=/gone.safetensors"),
+    ),
+    Case(
         "flags: finalists alone",
         ("--finalists: 30", "leave one or more to the search"),
         flags("--finalists", 30),

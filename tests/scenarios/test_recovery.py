@@ -20,7 +20,11 @@ from tests.scenarios.lab import wait_until
 from tests.scenarios.quick_lab import NEVER, PATIENCE_S, SCRIPTS, QuickLab
 
 REDO = "optimizer.remains_moved"
-ELSEWHERE = ("optimizer.pruned", "optimizer.finalist_in_line")  # tested in files of their own
+ELSEWHERE = (
+    "optimizer.pruned",
+    "optimizer.finalist_in_line",
+    "optimizer.baseline_copied",
+)  # tested in files of their own
 IN_TURN = [place for place in PLACES if place.startswith("optimizer.") and place not in (REDO, *ELSEWHERE)]
 
 
