@@ -15,7 +15,7 @@ from optimizer_daemon.optuna_adapter.feasible import FeasibleSpace
 from optimizer_daemon.optuna_adapter.history import History, is_infeasible, with_values
 from optimizer_daemon.optuna_adapter.models import Model
 from optimizer_daemon.optuna_adapter.several import imputed_values, score_of
-from optimizer_daemon.search.curves import Curve, imputed
+from optimizer_daemon.search.curves import Curve, Imputation
 from optimizer_daemon.search.expressions import Value
 from optimizer_daemon.search.space import SearchSpace
 
@@ -113,7 +113,7 @@ def _learnable(trials: Sequence[FrozenTrial], objectives: Sequence[str]) -> list
         for trial in trials
         if trial.state is TrialState.COMPLETE and not is_infeasible(trial) and (horizon := _horizon(trial)) is not None
     ]
-    curves = [curve for trial, _ in peers if (curve := curve_of(trial)) is not None]
+    imputation = Imputation(curve for trial, _ in peers if (curve := curve_of(trial)) is not None)
     learnable = []
     for trial in trials:
         if trial.state in (TrialState.COMPLETE, TrialState.RUNNING):
@@ -122,7 +122,7 @@ def _learnable(trials: Sequence[FrozenTrial], objectives: Sequence[str]) -> list
             if objectives:
                 values = imputed_values(trial, curve.horizon, objectives, peers)
             else:
-                value = imputed(curve, curves)
+                value = imputation.of(curve)
                 values = None if value is None else [value]
             if values is not None:
                 learnable.append(with_values(trial, values))

@@ -27,7 +27,8 @@ def open_storage(storage_url: str) -> RDBStorage:
     try:
         url = make_url(storage_url)
         sqlite = url.get_backend_name() == "sqlite"
-        options: dict[str, Any] = {"connect_args": {"timeout": BUSY_TIMEOUT_S}} if sqlite else {}
+        # A server may have been restarted since its connection was last used.
+        options: dict[str, Any] = {"connect_args": {"timeout": BUSY_TIMEOUT_S}} if sqlite else {"pool_pre_ping": True}
         if sqlite and url.database:
             file = Path(url.database)
             if _has_tables(file):  # asked before anything of an older database is changed

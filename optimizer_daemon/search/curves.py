@@ -47,13 +47,12 @@ class Curve:
     @cached_property
     def smoothed(self) -> tuple[tuple[float, float], ...]:
         """(fraction, mean of the last checkpoints) of each measured checkpoint."""
-        return tuple(
-            (
-                min(1.0, epoch / self.horizon),
-                statistics.fmean(value for _, value in self.points[max(0, place + 1 - SMOOTHED_OVER) : place + 1]),
-            )
-            for place, (epoch, _) in enumerate(self.points)
-        )
+        values = [value for _, value in self.points]
+        means = []
+        for place, (epoch, _) in enumerate(self.points):
+            window = values[max(0, place + 1 - SMOOTHED_OVER) : place + 1]
+            means.append((min(1.0, epoch / self.horizon), sum(window) / len(window)))
+        return tuple(means)
 
     def at(self, fraction: float) -> float | None:
         """Return the smoothed score at a fraction, interpolated linearly; None where it was not measured."""
@@ -70,23 +69,31 @@ class Curve:
         return last + (value - last) * (fraction - before) / (after - before)
 
 
-def imputed(curve: Curve, peers: Iterable[Curve]) -> float | None:
-    """Return what a stopped training would probably have reached: its last score and its peers' median change since.
+class Imputation:
+    """What stopped trainings would probably have reached, by their peers.
 
     Args:
-        curve: of the stopped trial.
         peers: finished trials that passed their gate.
-
-    Returns:
-        The value; None for a trial without any score.
     """
-    if not curve.points:
-        return None
-    fraction, last = curve.smoothed[-1]
-    changes = [
-        peer.final - then for peer in peers if peer.final is not None and (then := peer.at(fraction)) is not None
-    ]
-    return last + (statistics.median(changes) if changes else 0.0)
+
+    def __init__(self, peers: Iterable[Curve]) -> None:
+        self._peers = [(peer, peer.final) for peer in peers if peer.final is not None]
+        self._changes: dict[float, float] = {}  # by fraction: trials are stopped at few different ones
+
+    def of(self, curve: Curve) -> float | None:
+        """Return a stopped trial's last score and its peers' median change since; None where it has no score."""
+        if not curve.points:
+            return None
+        fraction, last = curve.smoothed[-1]
+        if fraction not in self._changes:
+            known = [final - then for peer, final in self._peers if (then := peer.at(fraction)) is not None]
+            self._changes[fraction] = statistics.median(known) if known else 0.0
+        return last + self._changes[fraction]
+
+
+def imputed(curve: Curve, peers: Iterable[Curve]) -> float | None:
+    """Return what one stopped training would probably have reached; see `Imputation`."""
+    return Imputation(peers).of(curve)
 
 
 def quantile(values: Sequence[float], share: float) -> float:

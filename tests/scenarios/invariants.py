@@ -108,11 +108,12 @@ def _numbers(study: StudyLayout) -> Iterator[str]:
 def _storage(study: StudyLayout) -> Iterator[str]:
     """The database is sound and says of every trial what the trial's own files say."""
     run = read_model(study.run, Run)
-    with contextlib.closing(sqlite3.connect(study.database)) as connection:
-        (verdict,) = connection.execute("PRAGMA integrity_check").fetchone()
-    if verdict != "ok":
-        yield f"the database is damaged: {verdict}"
-        return
+    if run.storage.startswith("sqlite:"):
+        with contextlib.closing(sqlite3.connect(study.database)) as connection:
+            (verdict,) = connection.execute("PRAGMA integrity_check").fetchone()
+        if verdict != "ok":
+            yield f"the database is damaged: {verdict}"
+            return
     trials = optuna.load_study(study_name=run.study_name, storage=run.storage).get_trials(deepcopy=False)
     if len(trials) != len(study.list_trials()):
         yield f"the database has {len(trials)} trials, the folder {len(study.list_trials())}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimizer_daemon.search.curves import Curve, imputed, quantile
@@ -58,6 +58,7 @@ def test_without_peers_it_stays_where_it_was_and_without_scores_nothing_is_known
     assert imputed(Curve.of(8, {2: 1.0}), unfinished) == 1.0
 
 
+@settings(deadline=None)  # the first call imports numpy
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30), st.floats(0, 1))
 def test_quantiles_are_numpy_s(values, share):
     numpy = pytest.importorskip("numpy")
