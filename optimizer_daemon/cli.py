@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         Verb("run", "run a study, or continue it", _declare_run),
         Verb("check", "look at a study's space and input before it begins; needs no GPU", _declare_check),
         Verb("status", "show a study and its best trials", _declare_status),
+        Verb("analyze", "write tables, pictures and the report of what a study found", _declare_analyze),
         Verb("pause", "start no more trials; what trains goes on", _declare_pause),
         Verb("resume", "start trials again after a pause", _declare_resume),
         Verb("stop", "stop in order; the next run goes on where it stopped", _declare_stop),
@@ -70,6 +71,18 @@ def _declare_status(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--top", type=int, default=10, metavar="N", help="how many of the best trials (default: 10)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return _status
+
+
+def _declare_analyze(parser: argparse.ArgumentParser) -> Run:
+    parser.description = (
+        "Write every file of results/ anew: statistics, tables, pictures, OPTIMIZATION_REPORT.md and the winner's "
+        "training configuration. A running study does so after each trial. Missing and damaged files are named."
+    )
+    _declare_study(parser)
+    parser.add_argument("--results-dir", type=Path, metavar="DIR", help="study folder, the same as --output-dir")
+    parser.add_argument("--top-n", type=int, default=10, metavar="N", help="trials in the table (default: 10)")
+    parser.add_argument("--json", action="store_true", help="print summary_statistics.json")
+    return _analyze
 
 
 def _declare_pause(parser: argparse.ArgumentParser) -> Run:
@@ -226,6 +239,25 @@ def _check(arguments: argparse.Namespace) -> int:
 
     found = check(settings)
     print(json.dumps(found, indent=2) if arguments.json else check_text(found))
+    return 0
+
+
+def _analyze(arguments: argparse.Namespace) -> int:
+    from optimizer_daemon.commands import ask
+    from shared.errors import SettingsError
+    from shared.layout import StudyLayout
+    from shared.schemas import Analyze
+
+    if arguments.top_n < 1:
+        raise SettingsError("--top-n", arguments.top_n, "show one trial or more")
+    folder = arguments.results_dir
+    study = _study(arguments) if folder is None else StudyLayout(folder.absolute())
+    said = ask(study, Analyze(kind="analyze", top_n=arguments.top_n, asked_by="optimizer-daemon analyze"))
+    if arguments.json:
+        print(study.results.summary_statistics.read_text(), end="")
+        return 0
+    print(study.results.optimization_report.read_text().partition("\n## ")[0].strip())
+    print(f"\n{said}")
     return 0
 
 

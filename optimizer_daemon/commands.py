@@ -4,6 +4,7 @@
     stop            is answered when everything has stopped; the daemon then exits with 0
     set             n-trials and timeout, for this run; the next `run` takes its own flags
     enqueue         is in the study's database before it is answered, under the request's identity
+    analyze         is answered when a child has written the files of results/ anew
 
 Carrying any of them out twice changes nothing more, so a daemon killed in between just does it again.
 """
@@ -24,12 +25,15 @@ from shared.errors import SettingsError, UserError
 from shared.files import read_model
 from shared.layout import StudyLayout
 from shared.logs import log_change
-from shared.requests import PendingRequest, RequestFolder
-from shared.schemas import Enqueue, Pause, Resume, Run, Scalar, Set, Stop
+from shared.requests import ANSWER_TIMEOUT_S, PendingRequest, RequestFolder
+from shared.schemas import Analyze, Enqueue, Pause, Resume, Run, Scalar, Set, Stop
 from shared.schemas.requests import Request
 
 if TYPE_CHECKING:
     from optimizer_daemon.enqueue import Queue
+    from optimizer_daemon.refresh import ResultsRefresh
+
+ANALYSIS_TIMEOUT_S = 900.0  # niced, beside trainings, and what is asked for meanwhile comes after it
 
 CHANGEABLE = ("n_trials", "timeout")
 """Settings that `set` may change in a run."""
@@ -47,6 +51,7 @@ class RequestDesk:
         settings: what the daemon was started with.
         queue: where configurations wait.
         store: makes changed settings known in run.json.
+        results: writes the files of results/.
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class RequestDesk:
         settings: OptimizerSettings,
         queue: Queue,
         store: Callable[[OptimizerSettings], None],
+        results: ResultsRefresh,
     ) -> None:
         self.settings = settings
         self.paused = False
@@ -62,6 +68,8 @@ class RequestDesk:
         self._folder = folder
         self._queue = queue
         self._store = store
+        self._results = results
+        self._analyses: dict[str, int] = {}
 
     def serve(self) -> None:
         """Carry out what is there and answer it; a stop is kept for the daemon and hides what comes after it.
@@ -70,11 +78,17 @@ class RequestDesk:
             ResourceError: the disk or the database failed; the request stays pending.
         """
         for request in self._folder.pending():
+            if request.id in self._analyses:
+                self._answer_analysis(request)
+                continue
             kind = type(request.command).__name__.lower()
             log_change(_log, "request", kind=kind, id=request.id, asked_by=request.command.asked_by or "a file")
             if isinstance(request.command, Stop):
                 self.stop_asked = request
                 return
+            if isinstance(request.command, Analyze):
+                self._analyses[request.id] = self._results.request(request.command.top_n)
+                continue
             try:
                 result = self._carry_out(request)
             except UserError as error:
@@ -87,6 +101,17 @@ class RequestDesk:
         """Say that the stop was carried out."""
         assert self.stop_asked is not None, "nobody asked for a stop"
         self._folder.accept(self.stop_asked, {"message": message})
+
+    def _answer_analysis(self, request: PendingRequest) -> None:
+        """Answer a request for an analysis once it is written; until then it stays pending."""
+        code = self._results.outcome(self._analyses[request.id])
+        if code is None:
+            return
+        del self._analyses[request.id]
+        if code == 0:
+            self._folder.accept(request, {"message": _written(self._folder.study)})
+        else:
+            self._folder.refuse(request, f"the results could not be written (exit status {code}); see optimization.log")
 
     def _carry_out(self, request: PendingRequest) -> Result:
         match request.command:
@@ -124,6 +149,9 @@ def carry_out_without_daemon(folder: RequestFolder, request: PendingRequest) -> 
                 folder.refuse(request, str(error))
             else:
                 folder.accept(request, _enqueued(number))
+        case Analyze(top_n=top_n):
+            _analyze(study, top_n)
+            folder.accept(request, {"message": _written(study)})
         case Stop():
             ended = end_left_trainings(study, "stopped by request")
             run = _run_of(study)
@@ -146,8 +174,13 @@ def ask(study: StudyLayout, command: Request) -> str:
         ResourceError: the daemon lives but does not answer.
     """
     folder = RequestFolder(study, "optimizer")
-    _run_of(study)  # a folder without a study has nothing to be asked
-    answer = folder.ask(command, study.optimizer_lock, lambda request: carry_out_without_daemon(folder, request))
+    # A folder without a study has nothing to be asked; an analysis tells what it can of a damaged one.
+    if not isinstance(command, Analyze) or not study.list_trials():
+        _run_of(study)
+    patience_s = ANALYSIS_TIMEOUT_S if isinstance(command, Analyze) else ANSWER_TIMEOUT_S
+    answer = folder.ask(
+        command, study.optimizer_lock, lambda request: carry_out_without_daemon(folder, request), patience_s
+    )
     if not answer.ok:
         raise UserError(answer.error or "refused")
     return str(answer.result["message"])
@@ -181,6 +214,20 @@ def _run_of(study: StudyLayout) -> Run:
         return read_model(study.run, Run)
     except FileNotFoundError:
         raise UserError(f"{study.root} holds no study (no run.json); name the optimizer's --output-dir") from None
+
+
+def _analyze(study: StudyLayout, top_n: int) -> None:
+    from optimizer_daemon.analysis.analyze import analyze  # seconds of matplotlib and Optuna
+    from optimizer_daemon.results import write_results
+
+    facts = analyze(study, top_n)
+    # Damaged files must not take trials out of what a whole study's results say.
+    if not facts.problems or not study.results.all_trials.exists():
+        write_results(study, facts.results)
+
+
+def _written(study: StudyLayout) -> str:
+    return f"written: {study.results.folder}"
 
 
 def _enqueued(trial: int) -> Result:

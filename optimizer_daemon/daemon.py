@@ -24,7 +24,7 @@ from optimizer_daemon.recovery import (
     refuse_unknown_trials,
     sweep_leftovers,
 )
-from optimizer_daemon.refresh import PictureRefresh
+from optimizer_daemon.refresh import ResultsRefresh
 from optimizer_daemon.remains import drop_set_aside, drop_training_state, set_aside
 from optimizer_daemon.results import (
     all_trials,
@@ -170,10 +170,10 @@ class OptimizerDaemon:
         if isinstance(self._trainer, Prepares):
             self._trainer.prepare(self._run, self.layout)
         self._runner = Runner(self._trainer, self._run, settings.gpu_policy)
-        self._pictures = PictureRefresh(self.layout)
+        self._report = ResultsRefresh(self.layout)
         requests = RequestFolder(self.layout, "optimizer")
         queue = Queue(self._study, space, pinned, settings.seed)
-        self._desk = RequestDesk(requests, settings, queue, self._store_settings)
+        self._desk = RequestDesk(requests, settings, queue, self._store_settings, self._report)
         sweep_leftovers(self.layout)
         requests.tidy(now_local())
         write_watch_script(self.layout)
@@ -182,8 +182,8 @@ class OptimizerDaemon:
         self._trials = self._collect()
         if self._trials.trials and not results_are_of(self.layout, self._trials):
             self._refresh_results()  # the last end of a trial came no further than the database, or a file was mended
-        elif self._pictures.stale:
-            self._pictures.request()
+        elif self._report.stale:
+            self._report.request()
         log_change(_log, "study opened", study=self._run.study_name, finished=self._finished, target=self._target)
         if settings.gpu_policy == "defer":
             log_change(_log, "gpu policy", policy="defer", pruning="off", next_trial="when all checkpoints are scored")
@@ -191,7 +191,7 @@ class OptimizerDaemon:
     def _end(self) -> None:
         """Say what was found."""
         self._line.clear()
-        self._pictures.finish()
+        self._report.finish()
         sweep_leftovers(self.layout)
         status: RunStatus = "finished" if self._finished >= self._target else "stopped"
         self._run = rewritten(self._run, self.layout, status, now_local())
@@ -218,7 +218,7 @@ class OptimizerDaemon:
                 live.write_state(state="interrupted", reason=reason)
                 log_change(_log, "trial interrupted", trial=live.number, saved=bool(live.layout.list_training_states()))
         self._run = rewritten(self._run, self.layout, "stopped", now_local())
-        self._pictures.stop()
+        self._report.stop()
         self._line.say(stopped_text(self._live, self._finished, self._target))
 
     def _stop_trainings(self, term_timeout_s: float) -> None:
@@ -242,7 +242,7 @@ class OptimizerDaemon:
             while self._advance(live):
                 pass
         self._draw_trials()
-        self._pictures.poll()
+        self._report.poll()
         so_far = (self._trials, self._finished, self._target)
         progress = progress_parts(self._live, *so_far, slots=len(self._slots), paused=self._desk.paused)
         self._line.draw(progress)
@@ -403,7 +403,7 @@ class OptimizerDaemon:
 
     def _refresh_results(self) -> None:
         write_results(self.layout, self._trials)
-        self._pictures.request()
+        self._report.request()
 
     # ------------------------------------------------------------------------------------------------------- figures
 

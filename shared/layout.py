@@ -33,6 +33,7 @@ METRICS = "metrics.json"
 BEST_PARAMETERS = "best_parameters.json"
 ALL_TRIALS = "all_trials.json"
 PARETO_FRONT = "pareto_front.json"
+SUMMARY_STATISTICS = "summary_statistics.json"
 REQUEST = "*.json"
 ANSWER = "*.done.json"
 
@@ -86,6 +87,7 @@ WRITERS: Mapping[str, Writer] = MappingProxyType(
         "trial_*/*-state/**": "trainer",  # kohya keeps its resume state beside the weights
         "trial_*/*.safetensors": "trainer",
         "results/**": "optimizer",
+        "best_training/**": "trainer",  # what the command in best_training_config.txt trains
     }
 )
 """Path pattern, relative to the study folder -> its only writer."""
@@ -287,20 +289,30 @@ class ResultsLayout:
     report = Below("report.html")
     config_optimized = Below("config_optimized.py")  # the ready configuration of the dist_reg_weight workload
     analysis = Below("analysis")
-    summary_statistics = Below("analysis/summary_statistics.json")
+    summary_statistics = Below(f"analysis/{SUMMARY_STATISTICS}")
     score_evolution = Below("analysis/score_evolution.png")
     metrics_comparison = Below("analysis/metrics_comparison.png")
     parameter_correlation = Below("analysis/parameter_correlation.png")
     epoch_vs_quality = Below("analysis/epoch_vs_quality.png")
+    trial_curves = Below("analysis/epoch_vs_quality_by_trial.png")
     best_training_config_text = Below("analysis/best_training_config.txt")
     best_training_config = Below("analysis/best_training_config.toml")
     pareto_front = Below(f"analysis/{PARETO_FRONT}")
     pareto_front_picture = Below("analysis/pareto_front.png")
     optimization_report = Below("analysis/OPTIMIZATION_REPORT.md")
 
+    def training_config_for(self, trainer: str) -> Path:
+        """Return the best configuration in the words of a trainer that is not the study's, e.g. "kohya"."""
+        return self.analysis / f"best_training_config_{trainer}.toml"
+
     def top_trials(self, count: int) -> Path:
         """Return the table of the best `count` trials, e.g. top_10_trials.csv."""
         return self.analysis / f"top_{count}_trials.csv"
+
+    def list_top_trials(self) -> list[int]:
+        """Return for how many trials there are tables."""
+        names = (re.fullmatch(r"top_([1-9][0-9]*)_trials\.csv", path.name) for path in _entries(self.analysis))
+        return sorted(int(name[1]) for name in names if name)
 
 
 @dataclass(frozen=True)
@@ -323,6 +335,7 @@ class StudyLayout:
     manager_state = Below(MANAGER_STATE)
     reference = Below("reference")  # renders of the base model alone
     baseline = Below(BASELINE)  # copies of the weights passed by --baseline
+    best_training = Below("best_training")
     trainer_cache = Below("trainer_cache")  # what a trainer keeps for all trials; made again where it is missing
 
     @property

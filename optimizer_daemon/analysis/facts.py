@@ -19,6 +19,9 @@ from shared.scores.comparing import Comparison
 PIXELS = ("brightness", "contrast", "saturation")
 """The seed's three figures, 0-1; every evaluation has them."""
 
+BASE_MODEL = "base model"
+"""What the base model alone is called among checkpoints."""
+
 
 @dataclass(frozen=True)
 class CheckpointFacts:

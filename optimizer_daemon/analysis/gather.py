@@ -8,14 +8,24 @@ from pathlib import Path
 from statistics import median
 from typing import TypeVar
 
-from optimizer_daemon.analysis.facts import CheckpointFacts, QuarantinedFacts, StudyFacts, Timings, TrialFacts
+from optimizer_daemon.analysis.facts import (
+    BASE_MODEL,
+    CheckpointFacts,
+    QuarantinedFacts,
+    Standing,
+    StudyFacts,
+    Timings,
+    TrialFacts,
+)
 from optimizer_daemon.analysis.standing import against, best_checkpoint, overtaken, rates, standing
+from optimizer_daemon.baselines import baseline_results
+from optimizer_daemon.finalists import contenders
 from optimizer_daemon.goals import goals_against
 from optimizer_daemon.results import DIRECTION, ranked, trial_result, winner
 from optimizer_daemon.search.objectives import objectives_of_run
 from shared.errors import LabError, UserError
 from shared.files import read_model
-from shared.layout import EvaluationsLayout, RenderLayout, StudyLayout, TrialLayout
+from shared.layout import BASELINE, EvaluationsLayout, RenderLayout, StudyLayout, TrialLayout
 from shared.schemas import (
     TERMINAL_STATES,
     AllTrials,
@@ -32,9 +42,6 @@ from shared.schemas import (
 from shared.scoring_presets import COMBINED_SCORE
 
 F = TypeVar("F", bound=VersionedFile)
-
-BASE_MODEL = "base model"
-BASELINE = "baseline"  # the label below evaluations/
 
 
 def gather(study: StudyLayout, now: datetime) -> StudyFacts:
@@ -68,6 +75,7 @@ class _Gatherer:
             objective=self._objective,
             direction=DIRECTION,
             objectives=objectives_of_run(self._run) if self._run is not None else (),
+            baselines=baseline_results(self._study, self._run) if self._run is not None else (),
             trials=tuple(trial_result(trial.params, trial.state) for trial in trials),
         )
         by_number = {trial.number: trial for trial in trials}
@@ -87,7 +95,7 @@ class _Gatherer:
             results=results,
             ranking=ranking,
             winner=first,
-            standing=None if first is None else standing(first, ranking, self._plan),
+            standing=None if first is None else self._standing(first, ranking, results),
             overtaken=overtaken(ranking, self._plan),
             best_checkpoint=best_checkpoint(trials),
             base=base,
@@ -97,6 +105,13 @@ class _Gatherer:
             timings=_timings(trials),
             problems=tuple(self._problems),
         )
+
+    def _standing(self, first: TrialFacts, ranking: tuple[TrialFacts, ...], results: AllTrials) -> Standing:
+        if results.objectives:
+            why = "with several objectives the winner is the knee of their front"
+            return Standing((first.number,), None, 1, 0, why)
+        named_from = {trial.trial for trial in contenders(results.trials)}
+        return standing(first, [trial for trial in ranking if trial.number in named_from], self._plan)
 
     def _objective_of_results(self) -> str:
         results = self._read(self._study.results.all_trials, AllTrials)
@@ -202,13 +217,15 @@ class _Gatherer:
         return None if metrics is None else self._checkpoint(BASE_MODEL, None, metrics, render, None, there=False)
 
     def _baselines(self) -> dict[str, CheckpointFacts]:
-        evaluations = self._study.evaluations(BASELINE)
         found = {}
-        for metrics in self._measured_in(evaluations):
-            name = metrics.checkpoint
-            weights = self._study.baseline / f"{name}.safetensors"
-            render = evaluations.checkpoint(name)
-            found[name] = self._checkpoint(name, metrics.epoch, metrics, render, weights, weights.exists())
+        for name, baseline in self._run.baselines.items() if self._run is not None else ():
+            render = self._study.evaluations(BASELINE).checkpoint(name)
+            metrics = self._read(render.metrics, Metrics)
+            if metrics is None or not self._is_of_plan(metrics.plan_hash):
+                continue
+            if metrics.checkpoint_sha256 == baseline.sha256:
+                weights = self._study.baseline_file(name)
+                found[name] = self._checkpoint(name, metrics.epoch, metrics, render, weights, weights.exists())
         return found
 
     def _measured_in(self, evaluations: EvaluationsLayout) -> Iterator[Metrics]:

@@ -19,7 +19,7 @@ def standing(winner: TrialFacts, ranking: Sequence[TrialFacts], plan: Evaluation
     """Say which trials cannot be told from the winner, and how sure it is.
 
     Args:
-        ranking: the complete trials, best first.
+        ranking: the complete trials that the winner is named from, best first.
         plan: the study's; without it nothing was rendered and nothing can be told.
     """
     if plan is None or winner.final is None:

@@ -115,7 +115,7 @@ def training_config(params: TrialParams, trial: TrialLayout, study: StudySetting
     if rate is not None:  # a list for kohya, and of one kind of number for its TOML reader
         config["text_encoder_lr"] = [float(part) for part in (rate if isinstance(rate, list) else [rate])]
     for name in ARGUMENT_LISTS:
-        merged = {**_table_of(name, options.get(name)), **arguments[name]}
+        merged = {**table_of(name, options.get(name)), **arguments[name]}
         if name == "optimizer_args" and str(config.get("optimizer_type")).lower() == "adafactor":
             # Its relative steps would put their own rate in the place of both learning rates, and refuse a warm-up.
             merged = {"scale_parameter": False, "relative_step": False, "warmup_init": False} | merged
@@ -205,7 +205,7 @@ def _of_trial(params: TrialParams) -> tuple[dict[str, Any], dict[str, dict[str, 
     return values, arguments
 
 
-def _table_of(name: str, given: object) -> dict[str, Any]:
+def table_of(name: str, given: object) -> dict[str, Any]:
     """Return the arguments that [trainer.kohya] sets, from a table or from kohya's own list of k=v."""
     where = f"[trainer.kohya] {name}"
     if given is None:

@@ -51,6 +51,7 @@ from shared.schemas.optimizer import (
 )
 from shared.schemas.plan import EvaluationPlan, PlannedSample, PromptOptions, ScoringPreset
 from shared.schemas.requests import (
+    Analyze,
     Answer,
     Enqueue,
     Evaluate,
@@ -62,6 +63,7 @@ from shared.schemas.requests import (
     Set,
     Stop,
 )
+from shared.schemas.results import SummaryStatistics
 from shared.schemas.trainer import TrainerExit
 
 __all__ = [
@@ -70,6 +72,7 @@ __all__ = [
     "TERMINAL_STATES",
     "ActiveEvaluator",
     "AllTrials",
+    "Analyze",
     "Answer",
     "Attempt",
     "Baseline",
@@ -113,6 +116,7 @@ __all__ = [
     "Set",
     "Stop",
     "SummaryEntry",
+    "SummaryStatistics",
     "Time",
     "Trainer",
     "TrainerExit",
@@ -216,6 +220,12 @@ DOCUMENTS: tuple[Document, ...] = (
         (f"results/analysis/{layout.PARETO_FRONT}",),
         ParetoFront,
         "The best trade-offs, when the study has several objectives.",
+    ),
+    Document(
+        "summary_statistics",
+        (f"results/analysis/{layout.SUMMARY_STATISTICS}",),
+        SummaryStatistics,
+        "What the study found, in figures.",
     ),
 )
 """Every kind of file that crosses a process boundary."""

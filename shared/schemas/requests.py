@@ -66,6 +66,13 @@ class Set(Request):
     settings: dict[str, Scalar] = Field(min_length=1, description="New values by flag name, without the dashes.")
 
 
+class Analyze(Request):
+    """Write the files of results/ anew; answered when they are written."""
+
+    kind: Literal["analyze"] = Field(description="The command.")
+    top_n: int = Field(default=10, ge=1, description="Trials in the table of the best ones.")
+
+
 class Evaluate(Request):
     """Evaluate a weight file outside its trial; the results go to `evaluations/<label>/`."""
 
@@ -88,7 +95,9 @@ class Retry(Request):
     )
 
 
-class OptimizerRequest(RootModel[Annotated[Enqueue | Pause | Resume | Stop | Set, Field(discriminator="kind")]]):
+class OptimizerRequest(
+    RootModel[Annotated[Enqueue | Pause | Resume | Stop | Set | Analyze, Field(discriminator="kind")]]
+):
     """A command to the optimizer daemon; `root` is the command itself."""
 
     checksum_required: ClassVar[bool] = False

@@ -72,8 +72,11 @@ def test_the_parameter_that_decides_is_the_most_important_one_and_infeasible_tri
     study.tell_complete(draw.number, -100.0, "black")
     shares = importances("s", url)
     assert next(iter(shares)) == "rate"
-    bars = importances_figure(trials(0.1, 0.2), shares).axes[0].containers[0]
-    assert [round(bar.get_width(), 6) for bar in bars] == [round(share, 6) for share in reversed(shares.values())]
+    assert all(one.low <= one.share <= one.high for one in shares.values())
+    axes = importances_figure(trials(0.1, 0.2), shares).axes[0]
+    bars, found = axes.containers[0], [shares[name] for name in reversed(shares)]
+    assert [round(bar.get_width(), 6) for bar in bars] == [round(one.share, 6) for one in found]
+    assert [list(line.get_xdata()) for line in axes.lines] == [[one.low, one.high] for one in found]
 
 
 def test_a_trial_that_failed_its_gate_is_ranked_last_and_never_wins():

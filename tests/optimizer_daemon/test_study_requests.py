@@ -14,7 +14,7 @@ from optimizer_daemon.settings import OptimizerSettings
 from shared.errors import SettingsError, UserError
 from shared.layout import StudyLayout
 from shared.requests import RequestFolder
-from shared.schemas import Enqueue, Pause, Resume, Set, Stop
+from shared.schemas import Analyze, Enqueue, Pause, Resume, Set, Stop
 
 SPACE = """
 name = "small"
@@ -165,9 +165,48 @@ def test_settings_change_by_flag_name():
     assert (changed.n_trials, changed.timeout) == (9, 60.0)
 
 
+class NeverRefreshes:
+    """Results that nobody has asked for."""
+
+    def request(self, top_n: int) -> int:
+        raise AssertionError(f"an analysis of the best {top_n}")
+
+
+class Refresh:
+    """A refresh whose runs end when the test says so."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.ended: dict[int, int] = {}
+
+    def request(self, top_n: int) -> int:
+        self.asked.append(top_n)
+        return len(self.asked)
+
+    def outcome(self, asked: int) -> int | None:
+        return self.ended.get(asked)
+
+
+def test_an_analysis_is_answered_when_it_is_written_and_others_do_not_wait_for_it(folder, queue):
+    refresh = Refresh()
+    desk = RequestDesk(folder, OptimizerSettings(), queue, lambda settings: None, refresh)
+    first = folder.submit(Analyze(kind="analyze", top_n=5))
+    pause = folder.submit(Pause(kind="pause"))
+    second = folder.submit(Analyze(kind="analyze"))
+    desk.serve()
+    desk.serve()
+    assert refresh.asked == [5, 10] and folder.wait_for_answer(pause, 0).ok
+    assert [folder.wait_for_answer(request, 0) for request in (first, second)] == [None, None]
+    refresh.ended = {1: 0, 2: 3}
+    desk.serve()
+    assert folder.wait_for_answer(first, 0).result["message"] == f"written: {folder.study.results.folder}"
+    assert "exit status 3" in folder.wait_for_answer(second, 0).error
+    assert folder.pending() == []
+
+
 def test_requests_are_carried_out_in_order_until_a_stop(folder, queue):
     stored = []
-    desk = RequestDesk(folder, OptimizerSettings(), queue, stored.append)
+    desk = RequestDesk(folder, OptimizerSettings(), queue, stored.append, NeverRefreshes())
     commands = [
         Pause(kind="pause"), Set(kind="set", settings={"n-trials": 9}), Set(kind="set", settings={"seed": 9}),
         enqueue(dim=4), Stop(kind="stop"), Resume(kind="resume"),
@@ -186,7 +225,7 @@ def test_requests_are_carried_out_in_order_until_a_stop(folder, queue):
 
 
 def test_a_request_by_hand_may_be_repeated_under_its_name(folder, queue):
-    desk = RequestDesk(folder, OptimizerSettings(), queue, lambda settings: None)
+    desk = RequestDesk(folder, OptimizerSettings(), queue, lambda settings: None, NeverRefreshes())
     for _ in range(2):
         folder.path.mkdir(parents=True, exist_ok=True)
         (folder.path / "mine.json").write_text('{"kind": "enqueue", "parameters": {"dim": 4}}')

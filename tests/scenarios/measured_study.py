@@ -25,6 +25,7 @@ from shared.files import to_bytes
 from shared.layout import RenderLayout, StudyLayout
 from shared.schemas import (
     Attempt,
+    Baseline,
     CheckpointRecord,
     CurvePoint,
     EvaluationPlan,
@@ -143,11 +144,12 @@ def parameters_of(number: int, written: Written) -> dict[str, str | int | float]
 
 
 def _run(study: StudyLayout, plan: EvaluationPlan, written: Written) -> Run:
+    baselines = {name: Baseline(file=f"/loras/{name}.safetensors", sha256="0" * 64) for name in written.baselines}
     return Run(
         folder_id=secrets.token_hex(8), study_name="written", storage=f"sqlite:///{study.database}",
         workload="sd-lora", score_source="evaluator", status="finished", created=BEGIN, updated=BEGIN,
         base_model=written.base_model, plan=plan, plan_hash=plan.digest(), trainer=written.trainer,
-        settings=dict(written.settings), threads_per_process=1, versions={"lora-tuner": "0.1.0"},
+        settings=dict(written.settings), baselines=baselines, threads_per_process=1, versions={"lora-tuner": "0.1.0"},
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from shared import files
 from shared import schemas as s
+from shared.schemas import results as r
 from shared.schemas.pictures import Picture, StudyPictures
 
 V1 = Path(__file__).parent / "v1"
@@ -399,6 +400,75 @@ def _summary_entry(
 
 def _of_commands() -> dict[str, BaseModel]:
     return {
+        "summary_statistics": r.SummaryStatistics(
+            study_name="tiny_pixar",
+            updated=at("10:46:40"),
+            objective="combined_score",
+            direction="minimise",
+            trials={"complete": 3, "pruned": 1, "failed": 1},
+            winner=r.WinnerFigures(
+                trial=5,
+                optuna_number=4,
+                value=0.044,
+                checkpoint=f"trial_0005/{FINAL}.safetensors",
+                epoch=4,
+                certainty=0.71,
+                tie_set=(5, 3),
+                compared=3,
+                pictures=4,
+                why_not="",
+            ),
+            values=r.Spread(count=3, mean=0.086, std=0.045, minimum=0.044, median=0.066, maximum=0.148),
+            metrics={
+                "brightness": r.Spread(count=3, mean=0.52, std=0.02, minimum=0.49, median=0.52, maximum=0.55),
+            },
+            goals={"winner": {"brightness": r.GoalFigures(low=0.45, high=0.55, value=0.51, missed_by=0.0)}},
+            against={
+                "base model": {
+                    "combined_score": r.DifferenceFigures(
+                        winner=0.044, other=0.251, difference=-0.207, low=-0.26, high=-0.154, verdict="better"
+                    )
+                }
+            },
+            rates={
+                "stable": r.RateFigures(
+                    count=3,
+                    of=4,
+                    share=0.75,
+                    meaning="trained to the end, no picture black or flat",
+                    before="40-50 %",
+                    hoped="80-90 %",
+                )
+            },
+            importances={"learning_rate": r.ImportanceFigures(share=0.62, low=0.31, high=0.84)},
+            correlations=(
+                r.CorrelationFigures(
+                    parameter="learning_rate", figure="combined_score", rho=-0.4, low=-0.9, high=0.6, trials=4
+                ),
+            ),
+            overtaken=(
+                r.EarlierCheckpoint(
+                    trial=3,
+                    checkpoint="lora_trial_3-000002",
+                    file="trial_0003/lora_trial_3-000002.safetensors",
+                    epoch=2,
+                    score=0.051,
+                    final_score=0.066,
+                    tie_set=("lora_trial_3-000002",),
+                ),
+            ),
+            best_checkpoint=r.BestAnywhere(trial=5, checkpoint=FINAL, epoch=4, score=0.044),
+            failures=(r.Failure(trial=2, reason="out of memory on the GPU"),),
+            times=r.TimeFigures(
+                first=at("10:02:11"),
+                last=at("10:46:31"),
+                training=1820.5,
+                evaluation=301.2,
+                median_trial=512.0,
+                median_evaluation=25.1,
+            ),
+            problems=("trial_0001/params.json: missing",),
+        ),
         "optimizer_request": s.OptimizerRequest(
             s.Enqueue(
                 kind="enqueue",
