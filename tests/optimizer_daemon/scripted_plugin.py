@@ -36,7 +36,9 @@ class ScriptedTrainer:
         program = ("-m", SCRIPT.stem) if _is_preloaded() else ("-S", str(SCRIPT))
         argv = (sys.executable, *program, str(trial.folder), trial.output_name, *map(str, numbers))
         env = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-        return LaunchPlan(argv, env, files={"train_config.toml": f"epochs = {params.max_train_epochs}\n"})
+        files = {"train_config.toml": f"epochs = {params.max_train_epochs}\n"}
+        patience = os.environ.get("SCRIPTED_PATIENCE_S")
+        return LaunchPlan(argv, env, files, patience_s=None if patience is None else float(patience))
 
     def preload(self, run: Run) -> Preload | None:
         return Preload(("struct",), {}, SCRIPT.parent) if _is_preloaded() else None

@@ -125,3 +125,41 @@ def test_each_training_has_a_gpu_of_its_own_and_the_next_one_gets_the_one_that_i
     assert violations(lab.study, finished=3) == []
     for card in CARDS:
         GpuLease(card, "exclusive trainer").acquire().release()
+
+
+@pytest.mark.timeout(1800)
+def test_a_pause_lasts_for_every_slot_and_one_that_hangs_is_ended_and_replaced(lab):
+    """Each training has a clock of its own."""
+    hold = str(lab.folder / "go on with {}")
+    daemon = lab.optimizer("--n-trials", 2, "--jobs", 2, hold=hold, env={"SCRIPTED_PATIENCE_S": "20"})
+    for number in (1, 2):
+        lab.wait_for_training(number, daemon)
+    assert lab.ask("pause").returncode == 0
+    Path(hold.format("lora_trial_2")).touch()
+    for number, end in ((2, "complete"), (1, "failed")):
+        wait_until(lambda number=number, end=end: state(lab, number).state == end, PATIENCE_S, daemon.said)
+    assert (state(lab, 1).reason or "").startswith("hung: no progress line for 20 s")
+    assert lab.trainers() == {}
+    assert len(lab.study.list_trials()) == 2, "nothing starts during a pause"
+    Path(hold.format("lora_trial_3")).touch()
+    assert lab.ask("resume").returncode == 0
+    assert daemon.wait(PATIENCE_S) == 0, daemon.said
+    assert [state(lab, number).state for number in (1, 2, 3)] == ["failed", "complete", "complete"]
+    assert len(lab.study.list_trials()) == 3, "one more for the one that failed"
+
+
+@pytest.mark.timeout(1800)
+def test_three_failures_in_a_row_end_the_study_and_stop_the_training_beside_them_in_order(lab):
+    hold = str(lab.folder / "go on with {}")
+    for number in (2, 3, 4):
+        Path(hold.format(f"lora_trial_{number}")).touch()
+    behaviour = json.dumps({"hold": hold, "exit_at_epoch": 2})
+    daemon = lab.optimizer("--n-trials", 5, "--jobs", 2, env={"SCRIPTED_TRAINER": behaviour})
+    assert daemon.wait(PATIENCE_S) == 4, daemon.said
+    assert "3 trials in a row failed in the same way" in daemon.said
+    assert [state(lab, number).state for number in range(1, 5)] == ["interrupted", *["failed"] * 3]
+    assert lab.trainers() == {}
+    Path(hold.format("lora_trial_1")).touch()
+    daemon = lab.optimizer("--n-trials", 1)
+    assert daemon.wait(PATIENCE_S) == 0, daemon.said
+    assert (state(lab, 1).state, state(lab, 1).attempt) == ("complete", 1)

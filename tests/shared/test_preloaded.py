@@ -116,6 +116,24 @@ def test_two_trainings_import_once_and_run_as_a_program_would(trainings, tmp_pat
     assert trainings.server_pid != record.pid, "imported by the server alone"
 
 
+def test_one_server_serves_all_cards_for_each_training_sees_its_own(trainings, tmp_path):
+    """Two at the same time, of which each waits for the other."""
+    script = """
+        import heavy, os, time
+        card = os.environ["CUDA_VISIBLE_DEVICES"]
+        open(f"sees-{card}", "w").close()
+        other = {"GPU-1": "GPU-2", "GPU-2": "GPU-1"}[card]
+        while not os.path.exists(f"sees-{other}"):
+            time.sleep(0.02)
+        print(card)
+    """
+    both = [trainings.start(script, number=number, env={"CUDA_VISIBLE_DEVICES": f"GPU-{number}"}) for number in (1, 2)]
+    for number, training in enumerate(both, 1):
+        assert training.wait(PATIENCE_S)
+        assert trainings.trial(number).training_log.read_text() == f"GPU-{number}\n"
+    assert trainings.server_pid, "one import"
+
+
 def test_what_is_loaded_by_the_call_is_there_in_every_training(tmp_path):
     trainings = Trainings(
         tmp_path, HEAVY + "kept = []\ndef load(argument):\n    kept.append((argument, os.getpid()))\n"
