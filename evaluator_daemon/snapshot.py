@@ -104,8 +104,7 @@ class StudyReader:
         reader = _TrialReader(files, run, objective, self._is_held)
         seen = [reader.look(trial) for trial in folders]
         trials = in_order((trial for trial, _ in seen), objective)
-        target = run.settings.get("n-trials") if run is not None else None
-        target = target if isinstance(target, int) else None
+        target = _target(run) if run is not None else None
         quarantined = [trouble for _, told in seen for trouble in told.quarantined]
         best = _best(study, trials, objective)
         won = winner(trials, objective)
@@ -373,6 +372,14 @@ def _queue(trials: Iterable[TrialOverview], manager: EvaluatorManagerState | Non
     )
     deferred = sum(evaluator.activity == "deferred" for evaluator in evaluators)
     return Queue(manager.waiting_checkpoints, True, deferred, evaluators)
+
+
+def _target(run: Run) -> int | None:
+    """Return how many finished trials the whole study is to have."""
+    n_trials = run.settings.get("n-trials")
+    if run.stage is not None:
+        return run.stage.study_trials
+    return n_trials if isinstance(n_trials, int) else None
 
 
 def _best(study: StudyLayout, trials: Iterable[TrialOverview], objective: Objective) -> Best | None:

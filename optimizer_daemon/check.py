@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -10,8 +11,6 @@ from random import Random
 from typing import Any
 
 from optimizer_daemon.disk import estimate, weights_per_rank
-from optimizer_daemon.enqueue import pinned_values
-from optimizer_daemon.optuna_adapter.feasible import FeasibleSpace
 from optimizer_daemon.optuna_adapter.models import load_sampler
 from optimizer_daemon.optuna_adapter.study import Draw, TuningStudy
 from optimizer_daemon.recovery import params_of
@@ -21,7 +20,9 @@ from optimizer_daemon.search.lint import DRAWS, Lint, lint
 from optimizer_daemon.search.load import load_space
 from optimizer_daemon.search.objectives import split
 from optimizer_daemon.search.space import SearchSpace, format_parameters
+from optimizer_daemon.search.stage import Stage
 from optimizer_daemon.settings import OptimizerSettings
+from optimizer_daemon.stages import Stages, load_stages
 from optimizer_daemon.start_checks import check_inputs
 from optimizer_daemon.trainers import TRAINERS
 from shared.errors import LabError
@@ -43,13 +44,14 @@ def check(settings: OptimizerSettings) -> dict[str, Any]:
     space = load_space(settings.search_space)
     trainer = TRAINERS.load(settings.trainer_name)
     load_sampler(settings.sampler, len(split(settings.objectives or "")) or 1)
-    pinned = pinned_values(space, settings.max_epochs)
-    feasible = FeasibleSpace.of(space, pinned)
+    stages = load_stages(space, settings.stages, settings.max_epochs)
+    first = stages.all[0]
     rng = Random(settings.seed)
-    samples = [feasible.draw(rng) for _ in range(SAMPLES)]
+    samples = [first.space.draw(rng) for _ in range(SAMPLES)]
     found: dict[str, Any] = {
         "search_space": space.name,
-        **_linted(lint(feasible.space, settings.seed)),
+        **_linted(lint(space, settings.seed)),
+        "stages": [_stage(stage, settings) for stage in stages.all if stage.name is not None],
         "samples": [space.complete(values) for values in samples],
         "checklist": _checklist(space, samples[0], settings),
         "command": None,
@@ -58,11 +60,11 @@ def check(settings: OptimizerSettings) -> dict[str, Any]:
     if settings.base_model is None and settings.dataset_config is None:
         return found
     study = StudyLayout((settings.output_dir or Path("study")).absolute())
-    run = check_inputs(settings, study, space, trainer, pinned)
+    run = check_inputs(settings, study, stages, trainer)
     params = params_of(Draw(0, samples[0], None, now_local()), space, settings.seed)
     plan = trainer.plan(params, study.trial(1), run)
     found["command"] = {"argv": list(plan.argv), "files": dict(plan.files)}
-    found["disk"] = _disk(settings, run, [space.complete(feasible.draw(rng)) for _ in range(_DISK_SAMPLES)])
+    found["disk"] = _disk(settings, run, stages, rng)
     return found
 
 
@@ -76,6 +78,8 @@ def check_text(found: Mapping[str, Any]) -> str:
     lines += [f"rule {rule['number']} can never fire ({certain}): {rule['reason']}" for rule in found["dead_rules"]]
     dead = [f"{known['parameter']} = {known['value']} can never be drawn ({certain})" for known in found["unreachable"]]
     lines += dead or [f"every declared value can be drawn ({certain})"]
+    for stage in found["stages"]:
+        lines += ["", *_stage_lines(stage)]
     lines += ["", f"{len(found['samples'])} configurations as they would be drawn", *_table(found["samples"])]
     lines += ["", "the checklist of V2.1"]
     lines += [f"  [{'x' if item['passed'] else ' '}] {item['what']}: {item['found']}" for item in found["checklist"]]
@@ -94,6 +98,25 @@ def check_text(found: Mapping[str, Any]) -> str:
         f"{_bytes(disk['training'])} more while one trains, for its state; {_bytes(disk['free'])} are free",
     ]
     return "\n".join(lines)
+
+
+def _stage(stage: Stage, settings: OptimizerSettings) -> dict[str, Any]:
+    return {
+        "name": stage.name,
+        "trials": stage.trials or settings.n_trials,
+        "epochs": stage.epochs,
+        "around_best": stage.around_best,
+        "dropped": [
+            {"parameter": known.parameter, "value": known.value, "reason": known.reason} for known in stage.dropped
+        ],
+    }
+
+
+def _stage_lines(stage: Mapping[str, Any]) -> list[str]:
+    near = f", most of them near the best {stage['around_best']} of the stages before" if stage["around_best"] else ""
+    title = f"stage {stage['name']!r}: {stage['trials']} trials of {stage['epochs']} epochs{near}"
+    dropped = [f"  {known['parameter']} = {known['value']} is dropped: {known['reason']}" for known in stage["dropped"]]
+    return [title, *dropped]
 
 
 def _linted(found: Lint) -> dict[str, Any]:
@@ -172,15 +195,21 @@ def _existing_parent(folder: Path | None) -> Path | None:
     return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
 
 
-def _disk(settings: OptimizerSettings, run: Run, trials: Sequence[Mapping[str, Value]]) -> dict[str, Any]:
+def _disk(settings: OptimizerSettings, run: Run, stages: Stages, rng: Random) -> dict[str, Any]:
     assert run.plan is not None and settings.base_model is not None, "checked before"
     # What the trainer's table says for every trial; a drawn parameter wins, as in the training.
     table = {name: run.trainer.options[name] for name in _SIZES if name in run.trainer.options}
+    count = sum(stage.trials or settings.n_trials for stage in stages.all)
+    trials = [
+        stage.declared.complete(stage.space.draw(rng))
+        for stage in stages.all
+        for _ in range(math.ceil(_DISK_SAMPLES * (stage.trials or settings.n_trials) / count))
+    ]
     found = estimate(
         weights_per_rank(settings.base_model),
         [{**table, **parameters} for parameters in trials],
         settings.save_every_n_epochs,
-        settings.n_trials,
+        count,
         run.plan.num_samples,
         run.plan.width * run.plan.height,
         settings.trainer_name,
@@ -191,7 +220,7 @@ def _disk(settings: OptimizerSettings, run: Run, trials: Sequence[Mapping[str, V
         "trial": found.trial,
         "study": found.study,
         "training": found.training,
-        "trials": settings.n_trials,
+        "trials": count,
         "free": free,
     }
 

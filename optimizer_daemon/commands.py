@@ -198,6 +198,8 @@ def changed_settings(settings: OptimizerSettings, changes: dict[str, Scalar]) ->
         if name not in CHANGEABLE:
             can = " and ".join(known.replace("_", "-") for known in CHANGEABLE)
             raise SettingsError(f"set {flag}", value, f"only {can} can change while a study runs")
+        if name == "n_trials" and settings.stages is not None:
+            raise SettingsError(f"set {flag}", value, f"the stages of {settings.stages} say it; change it there")
         if isinstance(value, bool):  # pydantic would read it as 1
             raise SettingsError(f"set {flag}", value, "write a number")
     try:

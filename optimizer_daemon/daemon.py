@@ -11,7 +11,7 @@ from optimizer_daemon.baselines import Baselines, against, keep_copies, rivals
 from optimizer_daemon.commands import RequestDesk
 from optimizer_daemon.database import Database
 from optimizer_daemon.display import LiveLine
-from optimizer_daemon.enqueue import Queue, pinned_values, stage_of
+from optimizer_daemon.enqueue import Queue
 from optimizer_daemon.failures import FailureStreak
 from optimizer_daemon.finalists import line_up
 from optimizer_daemon.lifecycle import Action, next_action
@@ -44,6 +44,7 @@ from optimizer_daemon.search.pruning import Pruner
 from optimizer_daemon.search.space import format_parameters
 from optimizer_daemon.settings import OptimizerSettings
 from optimizer_daemon.slots import Slots, Standing
+from optimizer_daemon.stages import announce, load_stages
 from optimizer_daemon.start_checks import check_inputs
 from optimizer_daemon.study_file import begun, rewritten
 from optimizer_daemon.summary import ended_text, progress_fields, progress_parts, seconds, seconds_left, stopped_text
@@ -100,7 +101,6 @@ class OptimizerDaemon:
         self._failures = FailureStreak()
         self._ticking = False
         self._begin = clock()
-        self._stage = stage_of(settings.max_epochs)
 
     # ------------------------------------------------------------------------------------------------ the whole run
 
@@ -138,8 +138,11 @@ class OptimizerDaemon:
     def _open(self) -> None:
         """Freeze or compare run.json, open the study and find what an earlier daemon left."""
         space, settings = self._space, self._settings
-        pinned = pinned_values(space, settings.max_epochs)
-        self._run: Run = check_inputs(settings, self.layout, space, self._trainer, pinned)
+        self._stages = load_stages(space, settings.stages, settings.max_epochs)
+        self._stage = self._stages.current(self.layout)
+        checked = check_inputs(settings, self.layout, self._stages, self._trainer)
+        stage = self._stages.described(self._stage, self.layout, settings.n_trials)
+        self._run: Run = checked.model_copy(update={"stage": stage})
         assert self._run.plan is not None and self._run.plan_hash is not None, "the evaluator scores this workload"
         self._objectives = objectives_of_run(self._run)
         database = Database.of(self._run, self.layout)
@@ -151,7 +154,6 @@ class OptimizerDaemon:
                 space,
                 seed=settings.seed,
                 folder_id=self._run.folder_id,
-                pinned=pinned,
                 stage=self._stage,
                 sampler=settings.sampler,
                 copy=database.copy,
@@ -172,7 +174,7 @@ class OptimizerDaemon:
         self._runner = Runner(self._trainer, self._run, settings.gpu_policy)
         self._report = ResultsRefresh(self.layout)
         requests = RequestFolder(self.layout, "optimizer")
-        queue = Queue(self._study, space, pinned, settings.seed)
+        queue = Queue(self._study, settings.seed)
         self._desk = RequestDesk(requests, settings, queue, self._store_settings, self._report)
         sweep_leftovers(self.layout)
         requests.tidy(now_local())
@@ -184,7 +186,9 @@ class OptimizerDaemon:
             self._refresh_results()  # the last end of a trial came no further than the database, or a file was mended
         elif self._report.stale:
             self._report.request()
-        log_change(_log, "study opened", study=self._run.study_name, finished=self._finished, target=self._target)
+        announce(self._stages)
+        counts = {"finished": self._finished, "target": self._target, **self._stage_fields()}
+        log_change(_log, "study opened", study=self._run.study_name, **counts)
         if settings.gpu_policy == "defer":
             log_change(_log, "gpu policy", policy="defer", pruning="off", next_trial="when all checkpoints are scored")
 
@@ -193,15 +197,21 @@ class OptimizerDaemon:
         self._line.clear()
         self._report.finish()
         sweep_leftovers(self.layout)
-        status: RunStatus = "finished" if self._finished >= self._target else "stopped"
+        done = self._finished >= self._target and self._stages.is_last(self._stage)
+        status: RunStatus = "finished" if done else "stopped"
         self._run = rewritten(self._run, self.layout, status, now_local())
         log_change(_log, "study ended", status=status, finished=self._finished, target=self._target)
-        self._line.say(ended_text(self.layout, self._trials, self._finished, self._target))
+        how_far = self._stages.how_far(self.layout, self._desk.settings.n_trials)
+        self._line.say(ended_text(self.layout, self._trials, how_far))
 
     def _store_settings(self, settings: OptimizerSettings) -> None:
         """Show changed settings to whoever reads run.json."""
         changed = {"n-trials": settings.n_trials, "timeout": settings.timeout}
-        self._run = self._run.model_copy(update={"settings": {**self._run.settings, **changed}, "updated": now_local()})
+        stage = self._stages.described(self._stage, self.layout, settings.n_trials)
+        self._store({"settings": {**self._run.settings, **changed}, "stage": stage})
+
+    def _store(self, changed: dict[str, Any]) -> None:
+        self._run = self._run.model_copy(update={**changed, "updated": now_local()})
         write_model(self.layout.run, self._run)
 
     def _stop_trials(self, reason: str, *, at_once: bool) -> None:
@@ -245,6 +255,8 @@ class OptimizerDaemon:
         self._report.poll()
         so_far = (self._trials, self._finished, self._target)
         progress = progress_parts(self._live, *so_far, slots=len(self._slots), paused=self._desk.paused)
+        if self._stage.name is not None:
+            progress[0] = f"{self._stage.title}: {progress[0]}"
         self._line.draw(progress)
         self._service.status(", ".join(progress))
         self._ticking = False
@@ -291,7 +303,7 @@ class OptimizerDaemon:
         # What somebody asked for is run even where enough trials are finished.
         left = self._finished + len(self._live) < self._target or self._study.queued > 0
         if self._time_is_up or not left:
-            if not self._live:
+            if not self._live and (self._time_is_up or not self._enter_next_stage()):
                 self._service.stop()
         elif not self._desk.paused and self._finalist_may_come():
             draw = self._study.ask()
@@ -304,7 +316,21 @@ class OptimizerDaemon:
         repeated = [live.params.finalist_of for live in self._live]
         running = [None if trial is None else trial - 1 for trial in repeated]
         left = self._target - self._finished - len(running)
-        return line_up(self._study, self._stage, left, self._desk.settings.finalist_count, running)
+        count = self._desk.settings.finalists_of(self._target) if self._stages.is_last(self._stage) else 0
+        return line_up(self._study, self._stage.name, left, count, running)
+
+    def _enter_next_stage(self) -> bool:
+        """Draw from the next stage from now on; return whether there is one with trials left to run."""
+        stage = self._stages.current(self.layout)
+        if stage is self._stage:
+            return False
+        self._stage = self._study.stage = stage
+        self._store({"stage": self._stages.described(stage, self.layout, self._desk.settings.n_trials)})
+        self._trials = self._collect()
+        counts = {"finished": self._finished, "target": self._target, **self._stage_fields()}
+        log_change(_log, "stage begins", **counts)
+        self._service.wake()
+        return True
 
     # --------------------------------------------------------------------------------------------- a trial's actions
 
@@ -323,7 +349,7 @@ class OptimizerDaemon:
         if live.params.finalist_of is not None:
             how["finalist_of"] = live.params.finalist_of
         how |= {"gpu": live.gpu} if live.gpu is not None else {}
-        log_change(_log, "trial started", trial=f"{live.number} of {self._target}", attempt=attempt, **how)
+        log_change(_log, "trial started", **self._trial_fields(live), attempt=attempt, **how)
         for line in format_parameters(live.params.parameters):
             _log.info(line)
         reach("optimizer.training_announced")
@@ -387,11 +413,11 @@ class OptimizerDaemon:
             log_change(
                 _log,
                 "trial ended",
-                trial=f"{live.number} of {self._target}",
+                **self._trial_fields(live),
                 **fields,
                 took=duration(seconds(state.started, state.ended)),
                 finished=self._finished,
-                study_eta=duration(seconds_left(self._trials, self._target - self._finished, len(self._slots))),
+                study_eta=duration(seconds_left(self._trials, self._left, len(self._slots))),
             )
         self._failures.remember(state.reason if state.state == "failed" else None)
 
@@ -409,7 +435,21 @@ class OptimizerDaemon:
 
     @property
     def _target(self) -> int:
-        return self._desk.settings.n_trials
+        return self._stage.trials or self._desk.settings.n_trials
+
+    @property
+    def _left(self) -> int:
+        """Trials that are not finished, those of later stages too."""
+        return self._target - self._finished + self._stages.trials_after(self._stage)
+
+    def _stage_fields(self) -> dict[str, Any]:
+        stage = self._run.stage
+        return {} if stage is None else {"stage": f"{stage.name} ({stage.number} of {stage.of})"}
+
+    def _trial_fields(self, live: LiveTrial) -> dict[str, Any]:
+        if self._stage.name is None:
+            return {"trial": f"{live.number} of {self._target}"}
+        return {"trial": live.number, "stage": live.params.stage}
 
     @property
     def _finished(self) -> int:
@@ -426,6 +466,6 @@ class OptimizerDaemon:
         return [live.standing for live in self._live if live is not but]
 
     def _collect(self) -> AllTrials:
-        self._in_stage = trials_of_stage(self.layout, self._stage)
+        self._in_stage = trials_of_stage(self.layout, self._stage.name)
         trials = all_trials(self.layout, self._run.study_name, self._objective, now_local(), self._objectives)
         return trials.model_copy(update={"baselines": self._baselines.results()})

@@ -14,9 +14,10 @@ from optimizer_daemon.search.load import preset_names as search_spaces
 from optimizer_daemon.search.objectives import split
 from optimizer_daemon.search.pruning import PrunerName
 from optimizer_daemon.trainers import TRAINERS
+from shared.errors import SettingsError
 from shared.gpu_lease import GpuPolicy
 from shared.scoring_presets import preset_names as scorings
-from shared.settings import DaemonSettings, load_settings, read_trainer_options
+from shared.settings import DaemonSettings, LoadedSettings, load_settings, read_trainer_options
 
 COMMAND_LINES = {"command": ("command", "resume")}
 """By trainer: settings of its table that may be a whole command line."""
@@ -53,6 +54,10 @@ class OptimizerSettings(DaemonSettings):
     storage: str | None = Field(None, description="Optuna storage URL (default: SQLite in the study folder)")
     n_trials: int = Field(30, ge=1, description="finished trials to reach, counted over all runs of the stage")
     max_epochs: int | None = Field(None, ge=1, description="train every trial for exactly this many epochs")
+    stages: Path | None = Field(
+        None,
+        description="TOML file of a staged search, in place of --n-trials and --max-epochs, see docs/stages.md",
+    )
     timeout: float | None = Field(None, gt=0, description="seconds after which this run starts no new trial")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     gpus: str | None = Field(
@@ -142,13 +147,12 @@ class OptimizerSettings(DaemonSettings):
         numbers = value if isinstance(value, list) else [value]
         return ",".join(map(str, numbers)) if all(type(number) is int for number in numbers) else value
 
-    @property
-    def finalist_count(self) -> int:
-        """How many of the last trials are finalists, the default resolved."""
+    def finalists_of(self, trials: int) -> int:
+        """Return how many of the last of so many trials are finalists, the default resolved."""
         if self.finalists is not None:
             return self.finalists
         by_default = self.sampler == "auto" and self.objectives is None  # a front has no one best to make certain of
-        return min(DEFAULT_FINALISTS, self.n_trials // 5) if by_default else 0
+        return min(DEFAULT_FINALISTS, trials // 5) if by_default else 0
 
     @property
     def trainer_name(self) -> str:
@@ -168,6 +172,7 @@ def load_optimizer_settings(arguments: argparse.Namespace) -> OptimizerSettings:
         SettingsError: a value will not do.
     """
     loaded = load_settings(OptimizerSettings, arguments)
+    _refuse_beside_stages(loaded)
     changes: dict[str, Any] = {}
     # A scoring without suffix or folder is a misspelt preset, and is to be shown as it was written.
     for field, presets in (("search_space", search_spaces()), ("scoring", scorings())):
@@ -197,3 +202,14 @@ def _file_beside(folder: Path, entry: str) -> str:
     """Make the file of NAME=FILE relative to a folder; what has another form is refused later."""
     name, equals, file = entry.partition("=")
     return f"{name}={(folder / file).absolute()}" if name and equals and file else entry
+
+
+def _refuse_beside_stages(loaded: LoadedSettings[OptimizerSettings]) -> None:
+    for field in ("n_trials", "max_epochs"):
+        origin = loaded.origins[field]
+        if loaded.settings.stages is not None and origin != "default":
+            raise SettingsError(
+                origin,
+                getattr(loaded.settings, field),
+                f"the stages of {loaded.settings.stages} say it; take it out, or run without --stages",
+            )

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from random import Random
 
 from optimizer_daemon.baselines import read_baselines, with_baselines
 from optimizer_daemon.optuna_adapter.study import Draw
 from optimizer_daemon.recovery import params_of
 from optimizer_daemon.runner import now_local
-from optimizer_daemon.search.expressions import Value
 from optimizer_daemon.search.objectives import objectives_of
-from optimizer_daemon.search.space import SearchSpace
 from optimizer_daemon.settings import OptimizerSettings
+from optimizer_daemon.stages import Stages
 from optimizer_daemon.study_file import find_run, require_inputs, trainer_of
 from optimizer_daemon.trainers.base import ChecksInput, SkipsClipLayers, TrainerInput, TrainerPlugin, holds_out
 from shared.errors import SettingsError, UserError
@@ -23,25 +22,24 @@ from shared.schemas import Run, TrialParams
 def check_inputs(
     settings: OptimizerSettings,
     study: StudyLayout,
-    space: SearchSpace,
+    stages: Stages,
     trainer: TrainerPlugin,
-    pinned: Mapping[str, Value],
 ) -> Run:
     """Return what run.json has to say, once everything the settings name has been looked at.
 
-    Args:
-        pinned: parameters that have this value in this run.
     Raises:
         UserError: something of it will not do; nothing was written.
         ContractError: run.json is damaged.
     """
-    if settings.finalists is not None and settings.finalists >= settings.n_trials:
+    last = stages.all[-1].trials or settings.n_trials
+    if settings.finalists is not None and settings.finalists >= last:
         raise SettingsError(
             "--finalists",
             settings.finalists,
-            f"these are the last of --n-trials {settings.n_trials}; leave one or more to the search",
+            f"these are the last of {f'--n-trials {last}' if settings.stages is None else f'{last} trials'}; leave "
+            "one or more to the search",
         )
-    trials = _trials(settings, space, pinned)
+    trials = _trials(settings, stages)
     given = _given(settings, trials)
     version = trainer.check_input(given) if isinstance(trainer, ChecksInput) else None
     clip_skip = trainer.clip_skip(given) if isinstance(trainer, SkipsClipLayers) else 1
@@ -73,10 +71,14 @@ def _given(settings: OptimizerSettings, trials: tuple[TrialParams, ...]) -> Trai
     return TrainerInput(base_model, dataset_config, settings.model_family, trainer, settings.device, trials)
 
 
-def _trials(settings: OptimizerSettings, space: SearchSpace, pinned: Mapping[str, Value]) -> tuple[TrialParams, ...]:
-    """Return a trial for every declared choice."""
-    draws = (Draw(0, {**values, **pinned}, None, now_local()) for values in space.samples(Random(settings.seed)))
-    return tuple(params_of(draw, space, settings.seed) for draw in draws)
+def _trials(settings: OptimizerSettings, stages: Stages) -> tuple[TrialParams, ...]:
+    """Return a trial for every choice of every stage."""
+    draws = (
+        Draw(0, values, stage.name, now_local())
+        for stage in stages.all
+        for values in stage.space.samples(Random(settings.seed))
+    )
+    return tuple(params_of(draw, stages.declared, settings.seed) for draw in draws)
 
 
 def _rehearse(

@@ -10,6 +10,7 @@ from optimizer_daemon.baselines import against, baseline_lines, baseline_results
 from optimizer_daemon.results import all_trials, ranked, winner
 from optimizer_daemon.runner import now_local
 from optimizer_daemon.search.objectives import objectives_of_run
+from optimizer_daemon.stages import finished_by_stage
 from optimizer_daemon.summary import finalist_line
 from optimizer_daemon.trade_offs import front
 from shared.errors import UnreadableFileError, UserError
@@ -46,6 +47,7 @@ def study_status(study: StudyLayout, top: int) -> dict[str, Any]:
     name = run.study_name if run is not None else study.root.name
     objectives = objectives_of_run(run) if run is not None else ()
     trials = all_trials(study, name, objective, now_local(), objectives)
+    stage = run.stage if run is not None else None
     best = winner(trials)
     baselines = baseline_results(study, run) if run is not None else ()
     every = settings.get("save-every-n-epochs")
@@ -60,7 +62,8 @@ def study_status(study: StudyLayout, top: int) -> dict[str, Any]:
         "front": [trial.trial for trial in front(trials)] if objectives else [],
         "finished": sum(trial.state in ("complete", "pruned") for trial in trials.trials),
         "failed": sum(trial.state == "failed" for trial in trials.trials),
-        "target": settings.get("n-trials"),
+        "target": settings.get("n-trials") if stage is None else stage.study_trials,
+        "stage": None if stage is None else {**stage.model_dump(), "finished": finished_by_stage(study)[stage.name]},
         "best": None if best is None else best.trial,
         "best_is": None if best is None or best.finalist_of is None else finalist_line(trials, best),
         "baselines": [result.model_dump() for result in baselines],
@@ -82,10 +85,12 @@ def study_status(study: StudyLayout, top: int) -> dict[str, Any]:
 def status_text(status: dict[str, Any]) -> str:
     """Return the status for people."""
     lives = [name for name in ("optimizer", "evaluator") if status[f"{name}_alive"]]
+    stage = status["stage"]
     of_target = "" if status["target"] is None else f" of {status['target']}"
     lines = [
         f"{status['study']}: {status['finished']}{of_target} trials finished"
         + (f", {status['failed']} failed" if status["failed"] else ""),
+        *([f"stage {stage['name']!r}{_place(stage)}: {stage['finished']} of {stage['trials']}"] if stage else []),
         f"{status['folder']}: {' and '.join(lives) or 'no daemon'} running, study {status['status']}",
     ]
     for trial in status["under_way"]:
@@ -122,6 +127,10 @@ def _mark(trial: dict[str, Any], status: dict[str, Any]) -> str:
         mark += "  (front, its knee)" if trial["trial"] == status["best"] else "  (front)"
     mark += "".join(f"  {difference:+.4f} to {name}" for name, difference in trial["against"].items())
     return mark + ("" if trial["feasible"] is not False else "  (failed its gate)")
+
+
+def _place(stage: dict[str, Any]) -> str:
+    return f" ({stage['number']} of {stage['of']})" if stage["of"] > 1 else ""
 
 
 def _read(path: Path, model: type[F], damaged: list[str]) -> F | None:

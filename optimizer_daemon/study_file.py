@@ -44,6 +44,7 @@ _FREE = {
     "baseline",  # run.json keeps those it has
     "n_trials",
     "max_epochs",
+    "stages",
     "timeout",
     "device",
     "gpus",

@@ -16,11 +16,9 @@ from shared.layout import StudyLayout
 from shared.schemas import AllTrials, TrialResult
 
 
-def ended_text(study: StudyLayout, trials: AllTrials, finished: int, target: int) -> str:
-    """Return the last words of a run that was not stopped."""
-    lines = [f"{finished} of {target} trials are finished."]
-    if finished >= target:
-        lines.append(f"For more, pass a larger number, such as --n-trials {finished + 10}.")
+def ended_text(study: StudyLayout, trials: AllTrials, how_far: Sequence[str]) -> str:
+    """Return the last words of a run that was not stopped; `how_far` says how many trials are finished."""
+    lines = [*how_far]
     best = winner(trials)
     if best is None:
         measured = len(ranked(trials))

@@ -14,10 +14,11 @@ from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner,
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import TrialState, create_trial
 
-from benchmarks.search.tasks import Task, space
+from benchmarks.search.tasks import Task, space, stage
+from optimizer_daemon.optuna_adapter.draws import DRAW
 from optimizer_daemon.optuna_adapter.feasible import FeasibleSpace
 from optimizer_daemon.optuna_adapter.models import SAMPLERS
-from optimizer_daemon.optuna_adapter.sampler import DRAW, FeasibleSampler
+from optimizer_daemon.optuna_adapter.sampler import FeasibleSampler
 from optimizer_daemon.search.curves import Curve
 from optimizer_daemon.search.expressions import Value
 from optimizer_daemon.search.pruning import Pruner, PrunerName
@@ -105,8 +106,8 @@ class _Ledger:
 
 def ours(model: str, pruner: PrunerName, finalists: bool, task: Task, budget: int, seed: int) -> Run:
     """Feasible draws of one of our samplers, our pruner, and the best trained again where `finalists` says so."""
-    feasible = FeasibleSpace.of(space(), {})
-    sampler = FeasibleSampler(space(), seed, {}, SAMPLERS.load(model))
+    feasible = FeasibleSpace.of(stage())
+    sampler = FeasibleSampler(stage(), seed, SAMPLERS.load(model))
     study = optuna.create_study()
     judge, ledger = Pruner(pruner), _Ledger(task, budget)
     peers: list[Curve] = []
@@ -156,7 +157,7 @@ def optuna_s(
 
     Every training ends after `share` of its epochs, and is judged by that.
     """
-    distributions = FeasibleSpace.of(space(), {}).distributions
+    distributions = FeasibleSpace.of(stage()).distributions
     study = optuna.create_study(sampler=make_sampler(seed), pruner=make_pruner())
     ledger, infeasible = _Ledger(task, budget), 0
     for number in range(MOST_ASKS):

@@ -17,6 +17,7 @@ from random import Random
 from optimizer_daemon.search.expressions import Value
 from optimizer_daemon.search.load import load_space
 from optimizer_daemon.search.space import SearchSpace
+from optimizer_daemon.search.stage import Stage
 
 SMOOTH = ("bowl", "corner", "interactions", "flat")
 HARD = ("cliff", "rugged", "crossing")
@@ -31,6 +32,12 @@ _CALIBRATION_DRAWS = 4_000
 def space() -> SearchSpace:
     """The space of all tasks."""
     return load_space("v2.1")
+
+
+@lru_cache(maxsize=1)
+def stage() -> Stage:
+    """All of it."""
+    return Stage.of(space())
 
 
 @dataclass(frozen=True)

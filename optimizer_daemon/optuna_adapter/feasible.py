@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from random import Random
 from typing import Any
@@ -13,6 +13,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optimizer_daemon.search.expressions import Value
 from optimizer_daemon.search.parameters import CategoricalParameter, FloatParameter, Parameter
 from optimizer_daemon.search.space import SearchSpace
+from optimizer_daemon.search.stage import Stage
 
 RESAMPLES = 100
 NEIGHBOURS = 20
@@ -23,25 +24,25 @@ class FeasibleSpace:
     """What a model draws from.
 
     Args:
-        space: the declared space; a parameter that this run pins has one choice in it.
-        pinned: names of those parameters, which Optuna does not know.
+        space: what a draw must fit: the declared space, narrowed by a stage; a pinned parameter has one choice in it.
+        declared: the study's search space. Models see its ranges in every stage, for narrower ones would cost them
+            what they have learned.
+        pinned: names of the pinned parameters, which Optuna does not know.
     """
 
     space: SearchSpace
-    pinned: frozenset[str]
+    declared: SearchSpace
+    pinned: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, space: SearchSpace, pinned: Mapping[str, Value]) -> FeasibleSpace:
-        """Return the space in which some parameters have one value."""
-        choices: dict[str, Parameter] = {
-            name: CategoricalParameter(type="categorical", choices=(value,)) for name, value in pinned.items()
-        }
-        return cls(replace(space, parameters={**space.parameters, **choices}), frozenset(pinned))
+    def of(cls, stage: Stage) -> FeasibleSpace:
+        """Return what a stage draws from."""
+        return cls(stage.space, stage.declared, frozenset(stage.pinned))
 
     @cached_property
     def distributions(self) -> dict[str, BaseDistribution]:
         """Every parameter that Optuna knows."""
-        parameters = self.space.parameters.items()
+        parameters = self.declared.parameters.items()
         return {name: distribution_of(parameter) for name, parameter in parameters if name not in self.pinned}
 
     @cached_property
@@ -64,7 +65,7 @@ class FeasibleSpace:
         """Return a draw with each stepped number moved to the nearest of its grid."""
         moved = dict(modelled)
         for name, value in modelled.items():
-            grid = getattr(self.space.parameters[name], "grid", None)
+            grid = getattr(self.declared.parameters[name], "grid", None)
             if grid is not None:
                 distances = [abs(known - value) for known in grid]
                 moved[name] = grid[distances.index(min(distances))]

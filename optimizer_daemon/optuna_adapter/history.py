@@ -63,7 +63,7 @@ class History(Study):
         finished = self.finished
         if len(finished) <= count:
             return self
-        best = {trial.number for trial in islice(_best_first(finished, self.directions), count // 2)}
+        best = {trial.number for trial in islice(best_first(finished, self.directions), count // 2)}
         latest = [trial.number for trial in reversed(finished) if trial.number not in best]
         kept = best | set(latest[: count - len(best)])
         running = TrialState.RUNNING
@@ -85,7 +85,7 @@ class History(Study):
         )
 
 
-def _best_first(trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection]) -> Iterator[FrozenTrial]:
+def best_first(trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection]) -> Iterator[FrozenTrial]:
     """Yield the trials front by front, those that failed their gate last; with one objective that is by its value."""
     signs = [-1.0 if direction is StudyDirection.MAXIMIZE else 1.0 for direction in directions]
     for infeasible in (False, True):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -11,17 +12,15 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
+from optimizer_daemon.optuna_adapter.draws import DRAW
 from optimizer_daemon.optuna_adapter.feasible import FeasibleSpace
 from optimizer_daemon.optuna_adapter.history import History, is_infeasible, with_values
 from optimizer_daemon.optuna_adapter.models import Model
 from optimizer_daemon.optuna_adapter.several import imputed_values, score_of
+from optimizer_daemon.optuna_adapter.trust_region import region_of
 from optimizer_daemon.search.curves import Curve, Imputation
 from optimizer_daemon.search.expressions import Value
-from optimizer_daemon.search.space import SearchSpace
-
-DRAW = "draw"
-"""User attribute of a trial: {"stage": ..., "values": the whole draw}, stored before anything is suggested; with
-"request" and "training_seed" where somebody asked for it, and "finalist_of" for one that is trained again."""
+from optimizer_daemon.search.stage import Stage
 
 EPOCHS = "max_train_epochs"
 MOST_DRAWS = 100  # until one comes that nobody trains
@@ -34,17 +33,20 @@ class FeasibleSampler(BaseSampler):
     draws of an earlier one nor changes one it is asked to make again.
 
     Args:
-        space: the search space.
+        stage: what is drawn from; it may be replaced by the next one.
         seed: the study's seed.
-        pinned: parameters that have this value and are unknown to Optuna.
         model: what draws once there are enough finished trials.
     """
 
-    def __init__(self, space: SearchSpace, seed: int, pinned: Mapping[str, Value], model: Model) -> None:
-        self._space = FeasibleSpace.of(space, pinned)
+    def __init__(self, stage: Stage, seed: int, model: Model) -> None:
+        self.stage = stage
         self._seed = seed
         self._model = model
-        self.distributions: dict[str, BaseDistribution] = self._space.distributions
+
+    @property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Every parameter that Optuna knows in this stage."""
+        return FeasibleSpace.of(self.stage).distributions
 
     def draw(self, study: Study, trial: FrozenTrial) -> dict[str, Value]:
         """Return a feasible value for each declared parameter, the pinned ones too; not what another one trains now.
@@ -67,11 +69,14 @@ class FeasibleSampler(BaseSampler):
         rng = Random(f"{self._seed}/{trial.number}/{again}" if again else f"{self._seed}/{trial.number}")
         trials = [known for known in study.get_trials(deepcopy=False) if known.number != trial.number]
         finished = 0 if again else sum(known.state in (TrialState.COMPLETE, TrialState.PRUNED) for known in trials)
+        space = FeasibleSpace.of(self.stage)
+        if self.stage.around_best is not None:
+            space = replace(space, space=region_of(self.stage, trials, study.directions, rng))
         start_up = self._model.start_up_trials
-        if start_up is None or finished < start_up or not self._space.wide:
-            return self._space.draw(rng)
+        if start_up is None or finished < start_up or not space.wide:
+            return space.draw(rng)
         history = History(study.directions, _learnable(trials, study.metric_names or ()))
-        return self._model.propose(history, self._space, rng.getrandbits(32))
+        return self._model.propose(history, space, rng.getrandbits(32))
 
     # What Optuna asks for when it suggests: always the stored draw, whole.
 

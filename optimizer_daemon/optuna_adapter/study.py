@@ -16,10 +16,11 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from sqlalchemy.exc import SQLAlchemyError
 
+from optimizer_daemon.optuna_adapter.draws import DRAW
 from optimizer_daemon.optuna_adapter.history import is_infeasible
 from optimizer_daemon.optuna_adapter.live_copy import OWNER, LiveCopy
 from optimizer_daemon.optuna_adapter.models import load_sampler
-from optimizer_daemon.optuna_adapter.sampler import DRAW, FeasibleSampler, curve_of
+from optimizer_daemon.optuna_adapter.sampler import FeasibleSampler, curve_of
 from optimizer_daemon.optuna_adapter.several import (
     SCORE,
     directions_of,
@@ -32,6 +33,7 @@ from optimizer_daemon.optuna_adapter.storage import file_of, not_opened, open_st
 from optimizer_daemon.search.curves import Curve
 from optimizer_daemon.search.expressions import Value
 from optimizer_daemon.search.space import SearchSpace
+from optimizer_daemon.search.stage import Stage
 from shared.errors import ResourceError, StudyMismatchError
 from shared.failpoints import reach
 from shared.schemas import Objective
@@ -132,19 +134,22 @@ class TuningStudy:
     """
 
     def __init__(
-        self,
-        study: optuna.Study,
-        sampler: FeasibleSampler,
-        stage: str | None,
-        close: Callable[[], None],
-        copy: LiveCopy | None = None,
+        self, study: optuna.Study, sampler: FeasibleSampler, close: Callable[[], None], copy: LiveCopy | None = None
     ) -> None:
         self.close = close
         self._copy = copy
         self._study = study
         self._sampler = sampler
-        self._stage = stage
         self._objectives = study.metric_names or []
+
+    @property
+    def stage(self) -> Stage:
+        """What new trials are drawn from; may be replaced by another stage of the same space."""
+        return self._sampler.stage
+
+    @stage.setter
+    def stage(self, stage: Stage) -> None:
+        self._sampler.stage = stage
 
     @classmethod
     def open(
@@ -155,8 +160,7 @@ class TuningStudy:
         *,
         seed: int,
         folder_id: str,
-        pinned: Mapping[str, Value] | None = None,
-        stage: str | None = None,
+        stage: Stage | None = None,
         sampler: str = "tpe",
         copy: Path | None = None,
         objectives: Sequence[Objective] = (),
@@ -166,11 +170,10 @@ class TuningStudy:
         Args:
             name: the study's name.
             storage_url: a SQLAlchemy URL.
-            space: what is drawn from; its declared parameters must be those the study was made with.
+            space: the search space; its parameters must be those the study was made with.
             seed: seed of the draws.
             folder_id: identity of the study folder, which owns the study.
-            pinned: parameters of `space` that have one value in this run and stay out of Optuna's model.
-            stage: recorded with every draw of this run.
+            stage: the part of `space` that is drawn from; None for all of it.
             sampler: a name of SAMPLERS.
             copy: where a whole copy of the SQLite database is kept; the study is continued from it where it is the
                 later of the two.
@@ -182,7 +185,7 @@ class TuningStudy:
             UnknownPluginError: there is no such sampler.
             DiskError: the disk is full.
         """
-        feasible = FeasibleSampler(space, seed, pinned or {}, load_sampler(sampler, len(objectives) or 1))
+        feasible = FeasibleSampler(stage or Stage.of(space), seed, load_sampler(sampler, len(objectives) or 1))
         kept = None if copy is None else LiveCopy.prepared(file_of(storage_url), copy, name, folder_id)
         storage = open_storage(storage_url)
         with contextlib.ExitStack() as refused:
@@ -205,7 +208,7 @@ class TuningStudy:
                 refused.callback(kept.close)
                 kept.publish()
             opened = refused.pop_all()
-        return cls(study, feasible, stage, opened.close, kept)
+        return cls(study, feasible, opened.close, kept)
 
     @_changing
     def ask(self) -> Draw:
@@ -260,7 +263,7 @@ class TuningStudy:
             training_seed: seed of its training; None for the usual one.
             finalist_of: number of the trial whose configuration it repeats as a finalist.
         """
-        draw = {"stage": self._stage, "values": dict(values), "request": request, "training_seed": training_seed}
+        draw = {"stage": self.stage.name, "values": dict(values), "request": request, "training_seed": training_seed}
         if finalist_of is not None:
             draw["finalist_of"] = finalist_of
         while (number := self._number_of(request)) is None:
@@ -346,7 +349,7 @@ class TuningStudy:
         """Finish what a crash may have cut short at any point: the stored draw, then each parameter."""
         if DRAW not in trial.user_attrs:
             values = self._sampler.draw(self._study, self._frozen(trial.number))
-            trial.set_user_attr(DRAW, {"stage": self._stage, "values": values})
+            trial.set_user_attr(DRAW, {"stage": self.stage.name, "values": values})
             reach("optimizer.draw_stored")
         values = trial.user_attrs[DRAW]["values"]
         for name, distribution in self._sampler.distributions.items():

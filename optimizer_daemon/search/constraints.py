@@ -90,6 +90,11 @@ class Constraint:
         )
         return cls(when, requires, text.reason)
 
+    @property
+    def shown_reason(self) -> str:
+        """The reason with every check named, for where no single configuration is meant."""
+        return self.reason.replace(FAILED, ", ".join(name for name, _ in self.requires))
+
     def objection(self, params: Mapping[str, Value]) -> str | None:
         """Return the reason with every failed check named; None where these parameters are safe."""
         if not self.when(params):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import keyword
 import re
 import tomllib
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError
 
@@ -16,6 +16,9 @@ from optimizer_daemon.search.parameters import PARAMETER_TYPES, Parameter
 from optimizer_daemon.search.start_up import StartUp, Stratum
 from shared.errors import SettingsError, UserError
 from shared.schemas.base import Record
+
+Document = TypeVar("Document", bound=Record)
+KeysBeside = Callable[[Sequence[str | int]], Sequence[str]]
 
 _PLAIN_REMEDIES = {
     "dict_type": "write a table",
@@ -28,6 +31,7 @@ _PLAIN_REMEDIES = {
     "float_type": "write a number",
     "finite_number": "write a finite number",
     "greater_than": "write a number above 0",
+    "greater_than_equal": "write 1 or more",
     "too_short": "write at least one",
 }
 
@@ -64,14 +68,29 @@ def parse_document(text: str, source: str) -> SpaceText:
     Raises:
         UserError: no TOML, a field missing or unknown, or a value that will not do; the first fault is described.
     """
+    return read_document(text, source, SpaceText, _keys_beside)
+
+
+def read_document(text: str, source: str, model: type[Document], keys_beside: KeysBeside) -> Document:
+    """Read TOML into a model.
+
+    Args:
+        text: the TOML.
+        source: the file as messages name it.
+        model: of the whole file.
+        keys_beside: returns the known keys of the table that holds an unknown one, by the way to it.
+
+    Raises:
+        UserError: no TOML, a field missing or unknown, or a value that will not do; the first fault is described.
+    """
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise _not_toml(error, text, source) from error
     try:
-        return SpaceText.model_validate(table)
+        return model.model_validate(table)
     except ValidationError as error:
-        raise _first_fault(error, table, source) from error
+        raise _first_fault(error, table, source, keys_beside) from error
 
 
 def place(steps: Sequence[str | int]) -> str:
@@ -97,7 +116,7 @@ def _not_toml(error: tomllib.TOMLDecodeError, text: str, source: str) -> UserErr
     return UserError(f"{source}: line {number}, character {column}, {line!r}: {problem}; {once}")
 
 
-def _first_fault(error: ValidationError, table: dict[str, Any], source: str) -> UserError:
+def _first_fault(error: ValidationError, table: dict[str, Any], source: str, keys_beside: KeysBeside) -> UserError:
     # A misspelt key comes first: it explains why another one is missing.
     fault, *others = sorted(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
     steps, value = _follow(fault["loc"], table)
@@ -107,7 +126,7 @@ def _first_fault(error: ValidationError, table: dict[str, Any], source: str) -> 
         name = "type" if kind == "union_tag_not_found" else str(fault["loc"][-1])
         return UserError(f"{source}: {place([*steps, name])} is missing; add it{more}")
     if kind == "extra_forbidden":
-        remedy = f"there is no such key; the keys here are {', '.join(_keys_beside(fault['loc']))}"
+        remedy = f"there is no such key; the keys here are {', '.join(keys_beside(fault['loc']))}"
     elif kind == "union_tag_invalid":
         steps, value = [*steps, "type"], context["tag"]
         remedy = f"choose one of {', '.join(PARAMETER_TYPES)}"

@@ -25,16 +25,26 @@ def load_space(name_or_path: str | Path) -> SearchSpace:
     """
     name = str(name_or_path)
     path = _PRESETS / f"{name.replace('.', '_')}.toml" if name in preset_names() else Path(name_or_path)
-    return parse_space(_read(path), str(path.name if path.parent == _PRESETS else path))
+    remedy = f"give a TOML file or one of the presets {', '.join(preset_names())}"
+    text = read_text(path, "search space", remedy)
+    return parse_space(text, str(path.name if path.parent == _PRESETS else path))
 
 
-def _read(path: Path) -> str:
-    presets = f"give a TOML file or one of the presets {', '.join(preset_names())}"
+def read_text(path: Path, what: str, remedy: str) -> str:
+    """Return the text of a file of the user's.
+
+    Args:
+        what: how messages call such a file.
+        remedy: what to do where there is none.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
     try:
         return path.read_text(encoding="utf-8-sig")  # Windows editors put a byte order mark in front
     except FileNotFoundError as error:
-        raise UserError(f"no search space {str(path)!r}: there is no such file; {presets}") from error
+        raise UserError(f"no {what} {str(path)!r}: there is no such file; {remedy}") from error
     except OSError as error:
-        raise UserError(f"search space {str(path)!r} cannot be read ({error.strerror}); {presets}") from error
+        raise UserError(f"{what} {str(path)!r} cannot be read ({error.strerror}); {remedy}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"search space {str(path)!r}: byte {error.start} is not UTF-8; save it as UTF-8") from error
+        raise UserError(f"{what} {str(path)!r}: byte {error.start} is not UTF-8; save it as UTF-8") from error

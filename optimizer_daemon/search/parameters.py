@@ -215,6 +215,16 @@ PARAMETER_TYPES: dict[str, type[Record]] = {
 }
 
 
+def only(value: Value) -> CategoricalParameter:
+    """Return a parameter with one value."""
+    return CategoricalParameter(type="categorical", choices=(value,))
+
+
+def with_range(parameter: NumericParameter, low: float, high: float) -> NumericParameter:
+    """Return a parameter with a part of its range, drawn as the whole one is; both ends are values of its grid."""
+    return type(parameter).model_validate({**parameter.model_dump(), "low": low, "high": high})
+
+
 def _refuse_below_low(high: float, info: ValidationInfo) -> None:
     low = info.data.get("low", high)
     if high < low:

@@ -14,7 +14,7 @@ from random import Random
 from optimizer_daemon.search.constraints import Constraint
 from optimizer_daemon.search.document import SpaceText, parse_document, place
 from optimizer_daemon.search.expressions import Expression, Kind, Value, kind_of, parse_expression, same_value
-from optimizer_daemon.search.parameters import CategoricalParameter, Parameter
+from optimizer_daemon.search.parameters import CategoricalParameter, Parameter, only
 from optimizer_daemon.search.start_up import StartUp
 from shared.errors import SettingsError, UserError
 
@@ -126,14 +126,24 @@ class SearchSpace:
                 values = {**first, name: value}
                 if next(self._objections(self.with_derived(values)), None) is not None:
                     try:
-                        values = self._fixed(name, value).draw(rng)
+                        values = self.with_parameters({name: only(value)}).draw(rng)
                     except UserError:
                         continue
                 yield values
 
-    def _fixed(self, name: str, value: Value) -> SearchSpace:
-        only = CategoricalParameter(type="categorical", choices=(value,))
-        return replace(self, parameters={**self.parameters, name: only}, start_up=None)
+    def with_parameters(self, changed: Mapping[str, Parameter]) -> SearchSpace:
+        """Return the space in which some parameters have narrower ranges, fewer choices, or one value.
+
+        The exploration plan keeps its proportions in what is left of the range it divides.
+        """
+        start_up = self.start_up
+        if start_up is not None and start_up.parameter in changed:
+            whole, part = self.parameters[start_up.parameter], changed[start_up.parameter]
+            if isinstance(whole, CategoricalParameter) or isinstance(part, CategoricalParameter):
+                start_up = None  # one value is left
+            else:
+                start_up = start_up.within(whole, part)
+        return replace(self, parameters={**self.parameters, **changed}, start_up=start_up)
 
     def _draw_first(self, rng: Random) -> dict[str, Value]:
         if self.start_up is None:

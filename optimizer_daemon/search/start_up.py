@@ -5,6 +5,7 @@ Under V2.1's rules plain rejection leaves 5 of 100 draws at an alpha ratio of 0.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from random import Random
 from typing import Annotated
@@ -64,3 +65,29 @@ class StartUp(Record):
         """Draw a stratum by weight, then a value in it as `parameter` distributes them."""
         (stratum,) = rng.choices(self.strata, [stratum.weight for stratum in self.strata])
         return parameter.draw(rng, stratum.low, stratum.high)
+
+    def within(self, whole: NumericParameter, part: NumericParameter) -> StartUp:
+        """Return the plan for a part of the range: what the draws of the whole plan are like that fall into it.
+
+        Args:
+            whole: the parameter whose range the strata divide.
+            part: the same parameter with a narrower range.
+        """
+        strata = []
+        for stratum in self.strata:
+            low, high = max(stratum.low, part.low), min(stratum.high, part.high)
+            weight = stratum.weight * _amount(part, low, high) / _amount(whole, stratum.low, stratum.high)
+            if weight > 0:
+                strata.append(Stratum(low=low, high=high, weight=weight))
+        if not strata:  # one continuous value is left
+            strata.append(Stratum(low=part.low, high=part.high, weight=1.0))
+        return StartUp(parameter=self.parameter, strata=tuple(strata))
+
+
+def _amount(parameter: NumericParameter, low: float, high: float) -> float:
+    """Return how much of a range lies between two values, as the parameter distributes its draws."""
+    if parameter.grid is not None:
+        return float(sum(low <= value <= high for value in parameter.grid))
+    if high <= low:
+        return 0.0
+    return math.log(high / low) if getattr(parameter, "log", False) else high - low

@@ -63,6 +63,17 @@ class Baseline(Record):
     sha256: Sha256 = Field(description="Identity of its content: the hash of its tensor data.")
 
 
+class StageOfRun(Record):
+    """The stage that a run is in."""
+
+    name: Name = Field(description="Its name, which its trials have in their params.json.")
+    number: int = Field(ge=1, description="Its place among the stages of the run.")
+    of: int = Field(ge=1, description="How many stages the run has.")
+    trials: int = Field(ge=1, description="Finished trials to reach in it.")
+    epochs: int | None = Field(default=None, ge=1, description="Epochs of each of its trials.")
+    study_trials: int = Field(ge=1, description="Finished trials of the whole study after the last stage of the run.")
+
+
 class Run(VersionedFile):
     """The one truth about a study: what it is and under which settings it runs."""
 
@@ -95,6 +106,9 @@ class Run(VersionedFile):
         description="Effective settings of the optimizer daemon by flag name, without the dashes."
     )
     slots: int = Field(default=1, ge=1, description="Trainings that may run at once.")
+    stage: StageOfRun | None = Field(
+        default=None, description="The stage that runs, or ran last; null for a run without stages."
+    )
     threads_per_process: int = Field(ge=1, description="CPU threads each trainer and each evaluator gets.")
     versions: dict[str, str] = Field(description="Versions of this program, Python and the libraries in use.")
 

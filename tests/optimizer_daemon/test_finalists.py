@@ -100,15 +100,15 @@ def test_the_winner_is_named_from_the_finalists(trials, expected):
 
 
 @pytest.mark.parametrize(
-    ("flags", "count"),
+    ("flags", "trials", "count"),
     [
-        ({}, 0),
-        ({"sampler": "auto"}, 3),
-        ({"sampler": "auto", "n_trials": 10}, 2),
-        ({"sampler": "auto", "n_trials": 4}, 0),
-        ({"sampler": "auto", "finalists": 0}, 0),
-        ({"finalists": 5}, 5),
+        ({}, 30, 0),
+        ({"sampler": "auto"}, 30, 3),
+        ({"sampler": "auto"}, 10, 2),
+        ({"sampler": "auto"}, 4, 0),
+        ({"sampler": "auto", "finalists": 0}, 30, 0),
+        ({"finalists": 5}, 30, 5),
     ],
 )
-def test_how_many_there_are(flags, count):
-    assert OptimizerSettings(**flags).finalist_count == count
+def test_how_many_there_are(flags, trials, count):
+    assert OptimizerSettings(**flags).finalists_of(trials) == count

@@ -10,6 +10,7 @@ from optimizer_daemon.finalists import fresh_seed
 from optimizer_daemon.optuna_adapter.study import TuningStudy
 from optimizer_daemon.recovery import params_of
 from optimizer_daemon.search.space import parse_space
+from optimizer_daemon.search.stage import Stage
 from optimizer_daemon.settings import OptimizerSettings
 from shared.errors import SettingsError, UserError
 from shared.layout import StudyLayout
@@ -48,7 +49,7 @@ reason = "too hot"
 def queue(tmp_path) -> Queue:
     space = parse_space(SPACE, "test.toml")
     study = TuningStudy.open("small", f"sqlite:///{tmp_path / 'study.db'}", space, seed=1, folder_id="a")
-    return Queue(study, space, {}, 1)
+    return Queue(study, 1)
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_what_is_enqueued_comes_before_any_draw_and_in_order(queue):
     assert queue.study.queued == 2
     first, second, third = (queue.study.ask() for _ in range(3))
     assert (first.values, first.enqueued) == ({"rate": 2e-5, "dim": 8, "max_train_epochs": 4}, True)
-    assert (second.values["dim"], second.enqueued, queue.space.validate(second.values)) == (16, True, [])
+    assert (second.values["dim"], second.enqueued, queue.study.stage.declared.validate(second.values)) == (16, True, [])
     assert (third.number, third.enqueued, queue.study.queued) == (2, False, 0)
 
 
@@ -129,7 +130,7 @@ def test_a_repeated_request_has_one_trial_whatever_became_of_it(queue):
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_reason_and_stores_nothing(queue, parameters, pinned, says):
-    queue = Queue(queue.study, queue.space, pinned, 1)
+    queue.study.stage = Stage.of(queue.study.stage.declared, pinned=pinned)
     with pytest.raises(UserError) as caught:
         queue.add(enqueue(**parameters), "id")
     assert says in str(caught.value)
@@ -137,8 +138,8 @@ def test_what_does_not_fit_is_refused_with_the_reason_and_stores_nothing(queue, 
 
 
 def test_a_pinned_value_may_lie_outside_its_range_and_need_not_be_repeated(queue):
-    pinned = Queue(queue.study, queue.space, {"max_train_epochs": 12}, 1)
-    pinned.add(enqueue(dim=4), "id")
+    queue.study.stage = Stage.of(queue.study.stage.declared, pinned={"max_train_epochs": 12})
+    queue.add(enqueue(dim=4), "id")
     assert queue.study._study.trials[0].user_attrs["draw"]["values"]["max_train_epochs"] == 12
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from examples.tiny_world.paths import BASE_MODEL
 from optimizer_daemon.search.load import load_space
 from optimizer_daemon.settings import OptimizerSettings, load_optimizer_settings
+from optimizer_daemon.stages import load_stages
 from optimizer_daemon.start_checks import check_inputs
 from optimizer_daemon.trainers import TRAINERS
 from shared.errors import UserError
@@ -94,7 +95,7 @@ def refusal(words: list[str]) -> str:
     assert settings.output_dir is not None
     trainer, space = TRAINERS.load(settings.trainer_name), load_space(settings.search_space)
     try:
-        check_inputs(settings, StudyLayout(settings.output_dir), space, trainer, {})
+        check_inputs(settings, StudyLayout(settings.output_dir), load_stages(space, None, None), trainer)
     except UserError as error:
         return f"error: {' '.join(str(error).split())}"
     return ""

@@ -52,7 +52,7 @@ class _Encoding:
         numbers: dict[str, NumericParameter] = {
             name: parameter
             for name in space.wide
-            if not isinstance(parameter := space.space.parameters[name], CategoricalParameter)
+            if not isinstance(parameter := space.declared.parameters[name], CategoricalParameter)
         }
         self._ranges = {name: parameter for name, parameter in numbers.items() if parameter.grid is None}
         self._grids = {name: parameter for name, parameter in numbers.items() if parameter.grid is not None}

@@ -49,7 +49,9 @@ class FeasibleGp(GPSampler):
         scale = acqf.search_space
         pool = self._normalised(acqf, [self._feasible.draw(self._prior) for _ in range(self._POOL)])
         if best_params is not None:
-            pool = np.concatenate([pool, best_params])  # of trials that were run, so feasible
+            # Of trials that were run, but maybe in a stage that draws elsewhere.
+            inside = [point for point in best_params if self._feasible.is_feasible(self._values(acqf, point))]
+            pool = np.concatenate([pool, *(point[None] for point in inside)])
         gains = acqf.eval_acqf_no_grad(pool)
         best = np.argsort(-gains, kind="stable")[: self._STARTS]
         points, gains = pool[best], gains[best]
@@ -73,13 +75,16 @@ class FeasibleGp(GPSampler):
                     moved[place] = rng.randint(int(scale._bounds[place, 1]))
                 else:
                     moved[place] = np.clip(moved[place] + rng.normal(0.0, width), 0.0, 1.0)
-            values = self._feasible.completed(self._feasible.on_grid(scale.get_unnormalized_param(moved)))
+            values = self._feasible.completed(self._values(acqf, moved))
             if self._feasible.space.is_feasible(values):
                 found.append(values)
             if len(found) == self._MOVES:
                 break
         near = self._normalised(acqf, found) if found else np.empty((0, scale.dim))
         return np.concatenate([near, np.tile(point, (self._MOVES - len(found), 1))])
+
+    def _values(self, acqf: BaseAcquisitionFunc, point: np.ndarray) -> dict[str, Any]:
+        return self._feasible.on_grid(acqf.search_space.get_unnormalized_param(point))
 
     @staticmethod
     def _normalised(acqf: BaseAcquisitionFunc, values: list[dict[str, Value]]) -> np.ndarray:

@@ -115,6 +115,7 @@ def _of_the_optimizer() -> dict[str, BaseModel]:
                 "seed": 42,
                 "gpus": ("0",),
             },
+            stage=s.StageOfRun(name="fine", number=2, of=3, trials=20, epochs=12, study_trials=35),
             threads_per_process=1,
             versions=VERSIONS,
         ),

@@ -9,12 +9,14 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from optimizer_daemon.optuna_adapter.feasible import FeasibleSpace
+from optimizer_daemon.optuna_adapter.draws import DRAW
+from optimizer_daemon.optuna_adapter.feasible import FeasibleSpace, distribution_of
 from optimizer_daemon.optuna_adapter.history import History
 from optimizer_daemon.optuna_adapter.models import SAMPLERS
-from optimizer_daemon.optuna_adapter.sampler import DRAW, FeasibleSampler
+from optimizer_daemon.optuna_adapter.sampler import FeasibleSampler
 from optimizer_daemon.search.load import load_space
 from optimizer_daemon.search.space import SearchSpace, parse_space
+from optimizer_daemon.search.stage import Stage
 
 SLOW_MODELS = ("auto", "gp")
 LINE = """
@@ -36,7 +38,7 @@ reason = "only there"
 
 
 def trial(space: SearchSpace, values: dict, state: TrialState, value: float | None = None, **more) -> FrozenTrial:
-    distributions = FeasibleSpace.of(space, {}).distributions
+    distributions = {name: distribution_of(known) for name, known in space.parameters.items()}
     return create_trial(
         state=state,
         value=value if state is TrialState.COMPLETE else None,
@@ -101,9 +103,10 @@ def test_no_draw_breaks_a_rule_whatever_the_history(studies, name, asks):
     """The slow form asks 10,000 times, 500 times where a Gaussian process is fitted."""
     space, model = load_space("v2.1"), SAMPLERS.load(name)
     each = {"few": 1 if name in SLOW_MODELS else 3, "many": 25 if name in SLOW_MODELS else 500}[asks]
+    stage = Stage.of(space)
     for study in studies[:: 6 if asks == "few" and name in SLOW_MODELS else 1]:
         for seed in range(each):
-            sampler = FeasibleSampler(space, seed, {}, model)  # a new one, as after a restart
+            sampler = FeasibleSampler(stage, seed, model)  # a new one, as after a restart
             values = sampler.draw(study, asked(study))
             assert space.validate(values) == [], (name, len(study.trials), seed)
 
@@ -112,7 +115,9 @@ def test_no_draw_breaks_a_rule_whatever_the_history(studies, name, asks):
 def test_a_draw_is_a_function_of_seed_and_history(studies, name):
     space, model = load_space("v2.1"), SAMPLERS.load(name)
     study = studies[3]
-    first, again, other = (FeasibleSampler(space, seed, {}, model).draw(study, asked(study)) for seed in (1, 1, 2))
+    first, again, other = (
+        FeasibleSampler(Stage.of(space), seed, model).draw(study, asked(study)) for seed in (1, 1, 2)
+    )
     assert first == again
     assert first != other
 
@@ -128,7 +133,7 @@ def test_a_model_finds_the_good_part_of_a_line_and_the_rule_that_bounds_it(name)
         score = abs(values["x"] - 0.6) + (0.0 if values["kind"] == "b" else 0.5)
         study.add_trial(trial(space, values, TrialState.COMPLETE, score))
     count = 8 if name in SLOW_MODELS else 30
-    draws = [FeasibleSampler(space, seed, {}, model).draw(study, asked(study)) for seed in range(count)]
+    draws = [FeasibleSampler(Stage.of(space), seed, model).draw(study, asked(study)) for seed in range(count)]
     assert all(space.is_feasible(values) for values in draws)
     near = sum(values["kind"] == "b" and values["x"] < 0.8 for values in draws)
     # NSGA-II, which mutates every second parameter here, comes there less often than the others
@@ -157,7 +162,7 @@ def test_a_stopped_trial_teaches_by_what_it_would_have_reached():
         trial(space, values, TrialState.COMPLETE, 5.0, intermediate_values={**worse, 8: 5.0}, constraints={"gate": 1.0})
     )
     study.add_trial(trial(space, values, TrialState.PRUNED, intermediate_values={2: 1.0, 4: 1.2}))
-    FeasibleSampler(space, 0, {}, Spy()).draw(study, asked(study))
+    FeasibleSampler(Stage.of(space), 0, Spy()).draw(study, asked(study))
     assert [known.value for known in seen] == [0.2, 0.3, 5.0, pytest.approx(1.1 - 0.4)]
 
 
@@ -171,12 +176,12 @@ def test_two_objectives(name):
         known = trial(space, values, TrialState.COMPLETE, 0.0)
         known.values = [rng.random(), rng.random()]
         study.add_trial(known)
-    assert space.validate(FeasibleSampler(space, 1, {}, model).draw(study, asked(study))) == []
+    assert space.validate(FeasibleSampler(Stage.of(space), 1, model).draw(study, asked(study))) == []
 
 
 def test_nearest_changes_no_more_than_the_rules_ask():
     space = load_space("v2.1")
-    feasible = FeasibleSpace.of(space, {})
+    feasible = FeasibleSpace.of(Stage.of(space))
     values = {**space.draw(Random(0)), "network_dim": 256, "max_train_epochs": 12, "network_alpha_ratio": 0.3}
     assert not space.is_feasible(values)
     near = feasible.nearest(values, Random(1))
@@ -218,7 +223,7 @@ def test_a_running_trial_repels_the_next_draw(name):
         return abs(one["x"] - other["x"]) + (one["kind"] != other["kind"])
 
     def draw(seed: int, *running: dict) -> dict:
-        return FeasibleSampler(space, seed, {}, model).draw(study(*running), asked(study(*running)))
+        return FeasibleSampler(Stage.of(space), seed, model).draw(study(*running), asked(study(*running)))
 
     alone, beside = [], []
     for seed in range(3 if name in SLOW_MODELS else 9):

@@ -9,15 +9,17 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from optimizer_daemon.optuna_adapter.draws import DRAW
 from optimizer_daemon.optuna_adapter.feasible import FeasibleSpace
 from optimizer_daemon.optuna_adapter.history import History
 from optimizer_daemon.optuna_adapter.importances import importances
 from optimizer_daemon.optuna_adapter.models import SAMPLERS, load_sampler
-from optimizer_daemon.optuna_adapter.sampler import DRAW, FeasibleSampler
+from optimizer_daemon.optuna_adapter.sampler import FeasibleSampler
 from optimizer_daemon.optuna_adapter.several import SCORE, VALUES, directions_of, name_objectives
 from optimizer_daemon.optuna_adapter.study import TuningStudy
 from optimizer_daemon.search.load import load_space
 from optimizer_daemon.search.space import SearchSpace, parse_space
+from optimizer_daemon.search.stage import Stage
 from shared.errors import SettingsError, StudyMismatchError
 from shared.schemas import Objective
 
@@ -161,7 +163,7 @@ def test_a_stopped_trial_teaches_each_objective_by_what_it_would_have_reached(ur
     measure(study, pruned.number, {2: (1.0, 0.8, 0.0), 4: (1.0, 0.8, 0.0)})
     study.tell_pruned(pruned.number, "losing")
     study.tell_pruned(silent.number, "stopped before its first score")
-    FeasibleSampler(space, 0, {}, Spy()).draw(study._study, study._frozen(study.ask().number))
+    FeasibleSampler(Stage.of(space), 0, Spy()).draw(study._study, study._frozen(study.ask().number))
     assert [trial.number for trial in seen] == [0, 1, infeasible.number, pruned.number]
     assert seen[-1].values == pytest.approx([0.8 - 0.3, 0.0 + 0.6])
 
@@ -179,10 +181,10 @@ def test_no_draw_breaks_a_rule_and_a_restart_draws_the_same(name, asks):
     for count in histories:
         study = random_history(space, count)
         for seed in range(each):
-            drawn = FeasibleSampler(space, seed, {}, model).draw(study, asked(count))
+            drawn = FeasibleSampler(Stage.of(space), seed, model).draw(study, asked(count))
             assert space.validate(drawn) == [], (count, seed)
             if seed == 0:  # as after a restart
-                assert FeasibleSampler(space, seed, {}, model).draw(study, asked(count)) == drawn
+                assert FeasibleSampler(Stage.of(space), seed, model).draw(study, asked(count)) == drawn
 
 
 def asked(number: int) -> FrozenTrial:
@@ -206,7 +208,7 @@ def random_history(space: SearchSpace, count: int) -> optuna.Study:
 
 def history_of(space: SearchSpace, objectives, rows) -> optuna.Study:
     """A study in memory, as TuningStudy writes them: (drawn values, objectives' values, what became of it) each."""
-    distributions = FeasibleSpace.of(space, {}).distributions
+    distributions = FeasibleSpace.of(Stage.of(space)).distributions
     study = optuna.create_study(directions=directions_of(objectives))
     name_objectives(study, objectives)
     names = [known.name for known in objectives]
@@ -244,7 +246,7 @@ def test_a_model_comes_to_the_trade_offs_of_a_line_and_keeps_out_of_the_infeasib
         rows.append((values, [abs(rate - 0.2), abs(rate - 0.4)], "black" if rate < 0.3 else ""))
     study = history_of(space, objectives, rows)
     count = 8 if name in SLOW_MODELS else 30
-    rates = [FeasibleSampler(space, seed, {}, model).draw(study, asked(60))["rate"] for seed in range(count)]
+    rates = [FeasibleSampler(Stage.of(space), seed, model).draw(study, asked(60))["rate"] for seed in range(count)]
     near = sum(0.28 <= rate <= 0.42 for rate in rates)
     # One of seven draws at random; NSGA-II draws every second parameter of two anew.
     assert near >= (0.3 if name == "nsga2" else 0.5) * count, sorted(rates)
@@ -252,7 +254,7 @@ def test_a_model_comes_to_the_trade_offs_of_a_line_and_keeps_out_of_the_infeasib
 
 def test_the_newest_of_a_long_history_holds_its_first_fronts():
     space = parse_space(SPACE, "t")
-    distributions = FeasibleSpace.of(space, {}).distributions
+    distributions = FeasibleSpace.of(Stage.of(space)).distributions
     trials = []
     for number in range(40):
         layer = (39 - number) // 10  # the last ten are the best front

@@ -13,6 +13,7 @@ from optimizer_daemon.optuna_adapter.models import SAMPLERS
 from optimizer_daemon.optuna_adapter.study import TuningStudy
 from optimizer_daemon.search.load import load_space
 from optimizer_daemon.search.space import SearchSpace, parse_space
+from optimizer_daemon.search.stage import Stage
 from shared.errors import ResourceError, SettingsError, StudyMismatchError
 
 SPACE = """
@@ -170,7 +171,7 @@ def test_a_second_value_for_an_epoch_replaces_the_first(url, space):
 
 def test_pinned_epochs_stay_out_of_the_model_and_a_stage_is_kept_with_the_draw(url, space):
     opened(url, space).ask()
-    staged = opened(url, space, pinned={"epochs": 7}, stage="7 epochs")
+    staged = opened(url, space, stage=Stage.of(space, name="7 epochs", pinned={"epochs": 7}))
     draw = staged.ask()
     assert (draw.values["epochs"], draw.stage) == (7, "7 epochs")
     assert "epochs" not in stored(url)[1].params
@@ -178,7 +179,7 @@ def test_pinned_epochs_stay_out_of_the_model_and_a_stage_is_kept_with_the_draw(u
 
 
 def test_a_trial_drawn_with_pinned_epochs_goes_on_where_they_are_free_again(url, space):
-    drawn = opened(url, space, pinned={"epochs": 3}, stage="3 epochs").ask()
+    drawn = opened(url, space, stage=Stage.of(space, name="3 epochs", pinned={"epochs": 3})).ask()
     assert drawn.values["epochs"] == 3
     assert opened(url, space).running() == [drawn]
     assert "epochs" not in stored(url)[0].params
