@@ -225,7 +225,8 @@ def _best(overview: Overview) -> Text:
         line.append(" (file removed)")
     won = next((trial for trial in overview.trials if trial.name == overview.winner), None)
     if won is not None and won.value is not None and not (best.final and best.trial == won.name):
-        line.append(f"  best final {won.value:.4f} {_clean(won.name)}")
+        kind = "final" if won.finalist_of is None else "finalist"
+        line.append(f"  best {kind} {won.value:.4f} {_clean(won.name)}")
     return line
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
+from shared.finalists import Contender, Origin, contending
 from shared.schemas import TERMINAL_STATES, Scalar
 
 Direction = Literal["minimise", "maximise"]
@@ -91,6 +92,8 @@ class TrialOverview:
         value: the final score told to the study.
         feasible: whether the trial may win; None until that is decided.
         parameters: every hyperparameter.
+        origin: where they come from.
+        finalist_of: the trial it repeats; None where it is no finalist.
         training: how far a living training is.
         started: when its training began.
         ended: when it reached its final state.
@@ -112,6 +115,8 @@ class TrialOverview:
     value: float | None
     feasible: bool | None
     parameters: Mapping[str, Scalar]
+    origin: Origin
+    finalist_of: int | None
     training: Training | None
     started: datetime | None
     ended: datetime | None
@@ -346,14 +351,22 @@ def latest(troubles: Iterable[Trouble | None]) -> Trouble | None:
 
 
 def winner(trials: Sequence[TrialOverview], objective: Objective) -> TrialOverview | None:
-    """Return the complete trial with the best final score that passed its gate; of equals the lowest number."""
+    """Return the best complete trial that passed its gate, of the finalists where they have scores, as the optimizer.
+
+    Of equals it is the one with the lowest number.
+    """
     best: TrialOverview | None = None
+    contenders = contending(Contender(t.number or 0, t.origin, _may_win(t)) for t in trials)
     for trial in sorted(trials, key=lambda t: (t.number is None, t.number or 0, t.name)):
-        if trial.state != "complete" or trial.value is None or trial.feasible is False:
+        if not _may_win(trial) or trial.value is None or (trial.number or 0) not in contenders:
             continue
         if best is None or best.value is None or objective.is_better(trial.value, best.value):
             best = trial
     return best
+
+
+def _may_win(trial: TrialOverview) -> bool:
+    return trial.state == "complete" and trial.value is not None and trial.feasible is not False
 
 
 def is_over(state: str | None) -> bool:

@@ -284,6 +284,8 @@ class _TrialReader:
             value=state.value if state is not None else None,
             feasible=state.feasible if state is not None else None,
             parameters=params.parameters if params is not None else {},
+            origin=params.origin if params is not None else "sampler",
+            finalist_of=params.finalist_of if params is not None else None,
             training=training,
             started=state.started if state is not None else None,
             ended=state.ended if state is not None else None,

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 from optimizer_daemon.search.expressions import Value
 from shared.failpoints import reach
 from shared.logs import log_change
-from shared.schemas import TrialResult
 
 if TYPE_CHECKING:
     from optimizer_daemon.optuna_adapter.study import Ended, TuningStudy
@@ -39,18 +38,6 @@ def fresh_seed(study_seed: int, number: int) -> int:
     while (seed := rng.randrange(SEEDS_END)) == study_seed:
         pass
     return seed
-
-
-def contenders(trials: Sequence[TrialResult]) -> list[TrialResult]:
-    """Return the trials that the winner is named from.
-
-    These are the finalists that have a score and passed their gate, with what people asked for after them; as long as
-    there is no such finalist, all trials.
-    """
-    searched = max((trial.trial for trial in trials if trial.origin == "sampler"), default=0)
-    last = [trial for trial in trials if trial.trial > searched]
-    scored = any(trial.origin == "finalist" and trial.state == "complete" and trial.feasible for trial in last)
-    return last if scored else list(trials)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-from optimizer_daemon.finalists import contenders
 from optimizer_daemon.goals import goals_against
 from optimizer_daemon.scores import FinalScore, parts_lacking
 from optimizer_daemon.trade_offs import front, knee
 from shared.errors import DiskError, UnreadableFileError
 from shared.files import read_model, write_bytes, write_model, write_text
+from shared.finalists import Contender, contending
 from shared.layout import StudyLayout, TrialLayout
 from shared.schemas import (
     AllTrials,
@@ -169,7 +169,11 @@ def winner(trials: AllTrials) -> TrialResult | None:
     """
     if trials.objectives:
         return knee(front(trials), trials)
-    last = trials.model_copy(update={"trials": tuple(contenders(trials.trials))})
+    contenders = contending(
+        Contender(trial.trial, trial.origin, trial.state == "complete" and trial.feasible is not False)
+        for trial in trials.trials
+    )
+    last = trials.model_copy(update={"trials": tuple(trial for trial in trials.trials if trial.trial in contenders)})
     best = next(iter(ranked(last)), None)
     return best if best is not None and best.feasible is not False else None
 

@@ -15,7 +15,7 @@ from evaluator_daemon.sparkline import sparkline
 from shared.files import read_model, write_model
 from shared.layout import StudyLayout
 from shared.locks import FileLock
-from shared.schemas import ActiveEvaluator, TrialState
+from shared.schemas import ActiveEvaluator, TrialParams, TrialState
 from tests.evaluator_daemon.watched_study import (
     BAR,
     NOW,
@@ -100,6 +100,18 @@ def test_a_folder_that_waits_for_its_study_and_one_that_is_gone(study):
     assert look(study).status == "gone"
     study.root.mkdir()
     assert look(study).status == "waiting for run.json"
+
+
+def test_the_winner_is_named_from_the_finalists(study):
+    write_run(study)
+    write_trial(study, 1, "complete", [0.5, 0.5, 0.5, 0.2])
+    again = write_trial(study, 2, "complete", [0.5, 0.5, 0.5, 0.3])
+    assert look(study).winner == "trial_0001"
+    params = read_model(again.params, TrialParams)
+    write_model(again.params, params.model_copy(update={"origin": "finalist", "finalist_of": 1}))
+    overview = look(study)
+    assert overview.winner == "trial_0002", "its score is nobody's choice"
+    assert by_number(overview)[2].finalist_of == 1
 
 
 def test_any_trainers_folders_without_state_files(study):

@@ -6,10 +6,10 @@ from datetime import UTC, datetime
 
 import pytest
 
-from optimizer_daemon.finalists import contenders, due, fresh_seed
+from optimizer_daemon.finalists import due, fresh_seed
 from optimizer_daemon.optuna_adapter.study import Draw, Ended
 from optimizer_daemon.settings import OptimizerSettings
-from shared.schemas import TrialResult
+from shared.finalists import Contender, Origin, contending
 
 TIME = datetime(2025, 11, 15, 10, 23, 45, tzinfo=UTC)
 
@@ -75,28 +75,23 @@ def test_a_fresh_seed_is_no_other_finalists_and_never_the_studys():
     assert fresh_seed(taken, 3) != taken
 
 
-def result(trial: int, value: float | None, origin: str = "sampler", *, feasible: bool = True) -> TrialResult:
-    return TrialResult(
-        trial=trial, optuna_number=trial - 1, state="failed" if value is None else "complete", value=value,
-        feasible=feasible, parameters={}, origin=origin, finalist_of=1 if origin == "finalist" else None,
-    )  # fmt: skip
+def trial(number: int, origin: Origin = "sampler", *, may_win: bool = True) -> Contender:
+    return Contender(number, origin, may_win)
 
 
 @pytest.mark.parametrize(
     ("trials", "expected"),
     [
-        pytest.param([result(1, 0.2), result(2, 0.3)], [1, 2], id="without finalists all of them"),
-        pytest.param([result(1, 0.2), result(2, 0.3, "finalist")], [2], id="else the finalists"),
-        pytest.param([result(1, 0.2), result(2, None, "finalist")], [1, 2], id="a failed one is none"),
-        pytest.param([result(1, 0.2), result(2, 0.1, "finalist", feasible=False)], [1, 2], id="nor one at its gate"),
-        pytest.param([result(1, 0.2), result(2, 0.3, "finalist"), result(3, 0.4)], [1, 2, 3],
-                     id="nor one that a search came after"),
-        pytest.param([result(1, 0.2), result(2, 0.3, "finalist"), result(3, 0.4, "enqueued")], [2, 3],
+        pytest.param([trial(1), trial(2)], {1, 2}, id="without finalists all of them"),
+        pytest.param([trial(1), trial(2, "finalist")], {2}, id="else the finalists"),
+        pytest.param([trial(1), trial(2, "finalist", may_win=False)], {1, 2}, id="one without a score is none yet"),
+        pytest.param([trial(1), trial(2, "finalist"), trial(3)], {1, 2, 3}, id="nor one that a search came after"),
+        pytest.param([trial(1), trial(2, "finalist"), trial(3, "enqueued")], {2, 3},
                      id="what people ask for afterwards contends with them"),
     ],
 )  # fmt: skip
 def test_the_winner_is_named_from_the_finalists(trials, expected):
-    assert [trial.trial for trial in contenders(trials)] == expected
+    assert contending(trials) == expected
 
 
 @pytest.mark.parametrize(
