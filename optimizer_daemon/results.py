@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -162,6 +162,16 @@ def ranked(trials: AllTrials) -> list[TrialResult]:
     return [*members, *sorted(others, key=lambda trial: (trial.feasible is False, trial.value, trial.trial))]
 
 
+def contenders(trials: Iterable[TrialResult]) -> tuple[TrialResult, ...]:
+    """Return the trials that the winner is named from: the finalists, where they have scores."""
+    known = tuple(trials)
+    numbers = contending(
+        Contender(trial.trial, trial.origin, trial.state == "complete" and trial.feasible is not False)
+        for trial in known
+    )
+    return tuple(trial for trial in known if trial.trial in numbers)
+
+
 def winner(trials: AllTrials) -> TrialResult | None:
     """Return the best trial that passed its gate; the best of the finalists where they have scores.
 
@@ -169,11 +179,7 @@ def winner(trials: AllTrials) -> TrialResult | None:
     """
     if trials.objectives:
         return knee(front(trials), trials)
-    contenders = contending(
-        Contender(trial.trial, trial.origin, trial.state == "complete" and trial.feasible is not False)
-        for trial in trials.trials
-    )
-    last = trials.model_copy(update={"trials": tuple(trial for trial in trials.trials if trial.trial in contenders)})
+    last = trials.model_copy(update={"trials": contenders(trials.trials)})
     best = next(iter(ranked(last)), None)
     return best if best is not None and best.feasible is not False else None
 
