@@ -6,6 +6,9 @@ Each seed is one synthetic task of each family (benchmarks/search/tasks.py) with
 strategy, so that strategies are compared in pairs. Regret is that of the noise-free score of the recommended
 configuration: 0 is the best there is, 1 a random choice. Intervals are 95 %, by bootstrap over the seeds.
 
+Every study that is done is kept in studies.jsonl; a run that was ended goes on with what is missing, and --table shows
+what there is. After a change of a strategy delete its lines.
+
 Writes comparison.json and comparison.png beside this file, unless --out names a folder, and prints the table.
 """
 
@@ -18,36 +21,68 @@ import multiprocessing
 import os
 import time
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.search.strategies import quietly, strategies
-from benchmarks.search.tasks import FAMILIES, SMOOTH, Task
+from benchmarks.search.tasks import FAMILIES, SMOOTH, Task, space
 
 SHARES = (0.25, 0.5, 1.0)
 TARGETS = (0.3, 0.2, 0.1)
 RESAMPLES = 4_000
 Regrets = NDArray[np.float64]
+Job = tuple[str, int, int, list[str]]
+"""(family, seed, epochs, strategies)."""
 
 
-def study(job: tuple[str, str, int, int]) -> dict[str, Any]:
-    """Run one strategy on one task."""
-    name, family, seed, budget = job
+def studies(job: Job) -> list[dict[str, Any]]:
+    """Run several strategies on one task, whose scale is then computed once."""
+    family, seed, budget, names = job
     quietly()
+    task = Task(family, seed)
+    task.final(space().draw(Random(0)))
+    return [study(name, task, budget) for name in names]
+
+
+def study(name: str, task: Task, budget: int) -> dict[str, Any]:
+    """Run one strategy on one task."""
     begin = time.process_time()
-    run = strategies()[name](Task(family, seed), budget, seed)
+    run = strategies()[name](task, budget, task.seed)
     return {
         "strategy": name,
-        "family": family,
-        "seed": seed,
+        "family": task.family,
+        "seed": task.seed,
+        "epochs": budget,
         "regret": [run.at(share * budget) for share in SHARES],
-        "epochs_to": [run.epochs_to(target) for target in TARGETS],
+        "epochs_to": [reached if math.isfinite(reached := run.epochs_to(target)) else None for target in TARGETS],
         "trials": run.trials,
         "infeasible": run.infeasible,
-        "cpu_s": time.process_time() - begin,
+        "cpu_s": round(time.process_time() - begin, 3),
     }
+
+
+class Cache:
+    """Finished studies, one JSON line each."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.known: dict[tuple[str, str, int, int], dict[str, Any]] = {}
+        if path.exists():
+            for line in path.read_text().splitlines():
+                self._keep(json.loads(line))
+
+    def _keep(self, result: dict[str, Any]) -> None:
+        self.known[result["strategy"], result["family"], result["seed"], result["epochs"]] = result
+
+    def add(self, results: list[dict[str, Any]]) -> None:
+        """Write them down at once."""
+        with self._path.open("a") as file:
+            for result in results:
+                file.write(json.dumps(result) + "\n")
+                self._keep(result)
 
 
 def interval(values: Regrets) -> tuple[float, float, float]:
@@ -58,66 +93,80 @@ def interval(values: Regrets) -> tuple[float, float, float]:
     return float(values.mean()), float(low), float(high)
 
 
-def summary(results: list[dict[str, Any]], budget: int, seeds: int) -> dict[str, Any]:
-    """Return the table: regret of each strategy on each family, and its difference from the first strategy's."""
+def summary(results: list[dict[str, Any]], budget: int) -> dict[str, Any]:
+    """Return the table: regret of each strategy on each family, and its difference from the first strategy's.
+
+    A strategy is compared on the tasks that both have done.
+    """
     names = [name for name in strategies() if any(known["strategy"] == name for known in results)]
     families = [family for family in FAMILIES if any(known["family"] == family for known in results)]
     groups = {family: [family] for family in families}
-    if smooth := [family for family in families if family in SMOOTH]:
+    if len(smooth := [family for family in families if family in SMOOTH]) > 1:
         groups["all smooth"] = smooth
     groups["all"] = families
+    done = {(known["strategy"], known["family"], known["seed"]): known for known in results}
     table: dict[str, Any] = {}
     for group, members in groups.items():
         rows = {}
-        regrets = {name: _regrets(results, name, members) for name in names}
         for name in names:
-            mean, low, high = interval(regrets[name][:, -1])
-            gain, gain_low, gain_high = interval(regrets[name][:, -1] - regrets[names[0]][:, -1])
-            of_it = [known for known in results if known["strategy"] == name and known["family"] in members]
-            rows[name] = {
-                "regret": [float(regrets[name][:, place].mean()) for place in range(len(SHARES))],
-                "interval": [low, high],
-                "difference": gain,
-                "difference_interval": [gain_low, gain_high],
-                "epochs_to": [_median_epochs(of_it, place) for place in range(len(TARGETS))],
-                "trials": float(np.mean([known["trials"] for known in of_it])),
-                "infeasible": float(np.mean([known["infeasible"] for known in of_it])),
-                "mean": mean,
-            }
+            of_it = [known for (by, family, _), known in sorted(done.items()) if by == name and family in members]
+            pairs = [
+                (known["regret"][-1], default["regret"][-1])
+                for known in of_it
+                if (default := done.get((names[0], known["family"], known["seed"]))) is not None
+            ]
+            if of_it and pairs:
+                rows[name] = _row(of_it, np.array(pairs))
         table[group] = rows
-    return {"epochs": budget, "seeds": seeds, "shares": SHARES, "targets": TARGETS, "families": table}
+    return {"epochs": budget, "shares": SHARES, "targets": TARGETS, "families": table}
 
 
-def _regrets(results: list[dict[str, Any]], name: str, families: list[str]) -> Regrets:
-    """(seeds x families, shares) regrets, in the same order for every strategy."""
-    found = sorted(
-        (known["family"], known["seed"], known["regret"])
-        for known in results
-        if known["strategy"] == name and known["family"] in families
-    )
-    return np.array([regret for _, _, regret in found])
+def _row(of_it: list[dict[str, Any]], pairs: Regrets) -> dict[str, Any]:
+    """What one strategy did on one group of families; `pairs` are its and the default's last regrets."""
+    regrets = np.array([known["regret"] for known in of_it])
+    mean, low, high = interval(regrets[:, -1])
+    difference, least, most = interval(pairs[:, 0] - pairs[:, 1])
+    return {
+        "studies": len(of_it),
+        "regret": [float(regrets[:, place].mean()) for place in range(len(SHARES))],
+        "mean": mean,
+        "interval": [low, high],
+        "difference": difference,
+        "difference_interval": [least, most],
+        "share_of_default": float(pairs[:, 0].mean() / pairs[:, 1].mean()) if pairs[:, 1].any() else None,
+        "epochs_to": [_median_epochs(of_it, place) for place in range(len(TARGETS))],
+        "trials": float(np.mean([known["trials"] for known in of_it])),
+        "infeasible": float(np.mean([known["infeasible"] for known in of_it])),
+        "cpu_s": float(np.mean([known["cpu_s"] for known in of_it])),
+    }
 
 
 def _median_epochs(results: list[dict[str, Any]], place: int) -> float | None:
-    median = float(np.median([known["epochs_to"][place] for known in results]))
+    reached = [known["epochs_to"][place] for known in results]
+    median = float(np.median([math.inf if epochs is None else epochs for epochs in reached]))
     return median if math.isfinite(median) else None
 
 
 def text(table: dict[str, Any]) -> str:
-    """Return it for people."""
-    lines = [
-        f"{table['seeds']} seeds, {table['epochs']} epochs each; regret, 0 is the best there is, 1 a random choice"
-    ]
+    """Return it for people, as a Markdown table for each group."""
+    lines = [f"Regret after {table['epochs']} epochs: 0 is the best there is, 1 a random choice."]
     for group, rows in table["families"].items():
-        lines += ["", f"{group:34} {'25 %':>6} {'50 %':>6} {'100 %':>6}  {'95 %':13}  less than the default's"]
+        lines += [
+            "",
+            f"### {group}",
+            "",
+            "| strategy | studies | regret at 25 / 50 / 100 % | 95 % | against the default | epochs to .3 / .2 / .1 |",
+            "|---|---|---|---|---|---|",
+        ]
         for name, row in rows.items():
-            quarter, half, whole = row["regret"]
             low, high = row["interval"]
-            gain_low, gain_high = row["difference_interval"]
-            verdict = "better" if gain_high < 0 else "worse" if gain_low > 0 else "-"
+            least, most = row["difference_interval"]
+            verdict = "**better**" if most < 0 else "**worse**" if least > 0 else "="
+            regrets = " / ".join(f"{regret:.3f}" for regret in row["regret"])
+            epochs = " / ".join("-" if known is None else f"{known:.0f}" for known in row["epochs_to"])
             lines.append(
-                f"{name:34} {quarter:6.3f} {half:6.3f} {whole:6.3f}  {low:.3f}..{high:.3f}  "
-                f"{row['difference']:+.3f} ({gain_low:+.3f}..{gain_high:+.3f}) {verdict}"
+                f"| {name} | {row['studies']} | {regrets} | {low:.3f}..{high:.3f} | "
+                f"{row['difference']:+.3f} ({least:+.3f}..{most:+.3f}) {verdict} | {epochs} |"
             )
     return "\n".join(lines)
 
@@ -152,27 +201,44 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=480, help="training epochs of each study (default: 480)")
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
     parser.add_argument("--strategies", nargs="+", default=list(strategies()), choices=list(strategies()))
+    parser.add_argument("--first", type=int, default=0, help="first seed (default: 0)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: all cores)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of the JSON and the plot")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of what is written")
+    parser.add_argument("--table", action="store_true", help="run nothing; show what is known")
     arguments = parser.parse_args()
-    jobs = [
-        (name, family, seed, arguments.epochs)
-        for seed in range(arguments.seeds)
-        for family in arguments.families
-        for name in arguments.strategies
-    ]
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    results = []
-    with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
-        for done, result in enumerate(pool.imap_unordered(study, jobs), start=1):
-            results.append(result)
-            if done % 50 == 0 or done == len(jobs):
-                print(f"{done} of {len(jobs)} studies", flush=True)
-    table = summary(results, arguments.epochs, arguments.seeds)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "comparison.json").write_text(json.dumps(table, indent=2) + "\n")
+    cache = Cache(arguments.out / "studies.jsonl")
+    seeds = range(arguments.first, arguments.first + arguments.seeds)
+    if not arguments.table:
+        _run(cache, seeds, arguments)
+    chosen = [
+        known
+        for (name, family, seed, epochs), known in cache.known.items()
+        if name in arguments.strategies and family in arguments.families and seed in seeds
+        and epochs == arguments.epochs
+    ]  # fmt: skip
+    table = summary(chosen, arguments.epochs)
+    (arguments.out / "comparison.json").write_text(json.dumps(table, indent=1) + "\n")
     plot(table, arguments.out / "comparison.png")
     print(text(table))
+
+
+def _run(cache: Cache, seeds: range, arguments: argparse.Namespace) -> None:
+    """Run what is missing, seed by seed, so that what is known at any time is paired."""
+    jobs: list[Job] = []
+    for seed in seeds:
+        for family in arguments.families:
+            missing = [
+                name for name in arguments.strategies if (name, family, seed, arguments.epochs) not in cache.known
+            ]
+            if missing:
+                jobs.append((family, seed, arguments.epochs, missing))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
+        for done, results in enumerate(pool.imap_unordered(studies, jobs), start=1):
+            cache.add(results)
+            if done % 20 == 0 or done == len(jobs):
+                print(f"{done} of {len(jobs)} tasks", flush=True)
 
 
 if __name__ == "__main__":

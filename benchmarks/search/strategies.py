@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from random import Random
 
 import optuna
@@ -19,7 +20,7 @@ from optimizer_daemon.optuna_adapter.draws import DRAW
 from optimizer_daemon.optuna_adapter.feasible import FeasibleSpace
 from optimizer_daemon.optuna_adapter.models import SAMPLERS
 from optimizer_daemon.optuna_adapter.sampler import FeasibleSampler
-from optimizer_daemon.search.curves import Curve
+from optimizer_daemon.search.curves import Curve, Forecast
 from optimizer_daemon.search.expressions import Value
 from optimizer_daemon.search.pruning import Pruner, PrunerName
 
@@ -104,32 +105,47 @@ class _Ledger:
         return [(number, values) for number, (values, _) in ranked[:count]]
 
 
-def ours(model: str, pruner: PrunerName, finalists: bool, task: Task, budget: int, seed: int) -> Run:
-    """Feasible draws of one of our samplers, our pruner, and the best trained again where `finalists` says so."""
+@dataclass(frozen=True)
+class _Trained:
+    """A trial of ours; `final` is None where it was stopped or failed, `curve` where it failed."""
+
+    values: Mapping[str, Value]
+    epochs: int
+    curve: Curve | None
+    final: float | None
+
+
+@lru_cache(maxsize=1)  # what is recommended afterwards changes no draw
+def _search(model: str, pruner: PrunerName, task: Task, budget: int, seed: int) -> tuple[_Trained, ...]:
+    """Draw by one of our samplers and stop by our pruner until the budget is spent."""
     feasible = FeasibleSpace.of(stage())
     sampler = FeasibleSampler(stage(), seed, SAMPLERS.load(model))
     study = optuna.create_study()
-    judge, ledger = Pruner(pruner), _Ledger(task, budget)
+    judge = Pruner(pruner)
     peers: list[Curve] = []
-    search = budget * (1 - FINALIST_SHARE) if finalists else budget
-    while ledger.spent < search:
-        number = len(study.get_trials(deepcopy=False))
+    trained: list[_Trained] = []
+    while sum(known.epochs for known in trained) < budget:
         asked = create_trial(state=TrialState.RUNNING, params={}, distributions={})
-        asked.number = number
+        asked.number = len(trained)
         values = sampler.draw(study, asked)
         horizon = int(values["max_train_epochs"])
+        training = task.training(values, _noise(task, seed, len(trained)))
         seen: dict[int, float] = {}
-        stopped = False
-        for epoch, score in task.curve(values, _noise(task, seed, number)).items():
-            seen[epoch] = score
-            if judge.objection(Curve.of(horizon, seen), peers) is not None:
-                stopped = True
+        stopped_at = None
+        for now, epoch, score in training.scores:
+            if math.isfinite(score):
+                seen[epoch] = score
+            if now < training.epochs and judge.objection(Curve.of(horizon, seen), peers) is not None:
+                stopped_at = now
                 break
-        final = None if stopped else seen[horizon]
-        peers.append(Curve.of(horizon, seen, final))
+        final = training.final if stopped_at is None else None
+        curve = Curve.of(horizon, seen, final) if stopped_at or final is not None else None
+        if curve is not None:
+            peers.append(curve)
+        trained.append(_Trained(values, stopped_at or training.epochs, curve, final))
         study.add_trial(
             create_trial(
-                state=TrialState.PRUNED if stopped else TrialState.COMPLETE,
+                state=TrialState.PRUNED if stopped_at else TrialState.FAIL if final is None else TrialState.COMPLETE,
                 value=final,
                 params={name: values[name] for name in feasible.distributions},
                 distributions=feasible.distributions,
@@ -137,12 +153,37 @@ def ours(model: str, pruner: PrunerName, finalists: bool, task: Task, budget: in
                 intermediate_values=seen,
             )
         )
-        ledger.add(values, max(seen), final)
+    return tuple(trained)
+
+
+def ours(model: str, pruner: PrunerName, finalists: bool, task: Task, budget: int, seed: int) -> Run:
+    """Feasible draws of one of our samplers, our pruner, and the best trained again where `finalists` says so."""
+    ledger = _Ledger(task, budget)
+    for known in _search(model, pruner, task, budget, seed):
+        if finalists and ledger.spent >= budget * (1 - FINALIST_SHARE):
+            break
+        ledger.add(known.values, known.epochs, known.final)
     if finalists:
         for number, values in ledger.best(FINALISTS):
-            curve = task.curve(values, _noise(task, seed, 10_000 + number))
-            ledger.add(values, max(curve), curve[max(curve)], again=number)
+            repeated = task.training(values, _noise(task, seed, 10_000 + number))
+            ledger.add(values, repeated.epochs, repeated.final, again=number)
     return Run(ledger.points, ledger.trials, 0)
+
+
+def ours_by_forecast(model: str, pruner: PrunerName, task: Task, budget: int, seed: int) -> Run:
+    """The same search; recommended is the finished trial with the best forecast, not the best measured score."""
+    trained = _search(model, pruner, task, budget, seed)
+    points, spent = [], 0
+    for count, last in enumerate(trained, start=1):
+        spent += last.epochs
+        finished = [known for known in trained[:count] if known.final is not None]
+        if spent > budget or not finished:
+            continue
+        curves = [known.curve for known in finished if known.curve is not None]
+        forecast = Forecast(curves)
+        ends = [forecast.end(curve) or 0.0 for curve in curves]
+        points.append(Point(spent, task.final(finished[ends.index(min(ends))].values)))
+    return Run(points, len(trained), 0)
 
 
 def optuna_s(
@@ -169,21 +210,44 @@ def optuna_s(
             infeasible += 1
             study.tell(trial, state=TrialState.PRUNED)
             continue
-        last = share * int(values["max_train_epochs"])
-        curve = {
-            epoch: score for epoch, score in task.curve(values, _noise(task, seed, number)).items() if epoch <= last
-        }
-        epoch, score, stopped = 0, None, False
-        for epoch, score in curve.items():
+        horizon = int(values["max_train_epochs"])
+        training = task.training(values, _noise(task, seed, number))
+        if share < 1.0:
+            training = training.cut(share * horizon)
+        stopped_at = None
+        for now, epoch, score in training.scores:
             trial.report(score, epoch)
-            if trial.should_prune():
-                stopped = True
+            if now < training.epochs and trial.should_prune():
+                stopped_at = now
                 break
-        if stopped:
-            study.tell(trial, state=TrialState.PRUNED)
+        final = training.final if stopped_at is None else None
+        if final is None:
+            study.tell(trial, state=TrialState.PRUNED if stopped_at else TrialState.FAIL)
         else:
-            study.tell(trial, score)
-        ledger.add(values, epoch, None if stopped else score)
+            study.tell(trial, final)
+        ledger.add(values, stopped_at or training.epochs, final)
+    return Run(ledger.points, ledger.trials, infeasible)
+
+
+def repaired(make_sampler: Callable[[int], BaseSampler], task: Task, budget: int, seed: int) -> Run:
+    """A sampler of Optuna's whose draws are moved to what is nearest to them and breaks no rule; nothing is pruned.
+
+    Optuna's GP learns nothing from a pruned trial: where its best point is forbidden it would draw it for ever.
+    """
+    feasible, rng = FeasibleSpace.of(stage()), Random(seed)
+    study = optuna.create_study(sampler=make_sampler(seed))
+    ledger, infeasible = _Ledger(task, budget), 0
+    while ledger.spent < budget:
+        trial = study.ask(feasible.distributions)
+        values = {name: space().parameters[name].snap(value) for name, value in trial.params.items()}
+        study.tell(trial, state=TrialState.FAIL)
+        if not space().is_feasible(values):
+            infeasible += 1
+            values = feasible.nearest(values, rng)
+        training = task.training(values, _noise(task, seed, ledger.trials))
+        if training.final is not None:
+            study.add_trial(create_trial(params=values, distributions=feasible.distributions, value=training.final))
+        ledger.add(values, training.epochs, training.final)
     return Run(ledger.points, ledger.trials, infeasible)
 
 
@@ -210,7 +274,7 @@ def strategies() -> dict[str, Strategy]:
         "TPE without pruner": partial(optuna_s, _tpe, none),
         "TPE + Percentile 75": partial(optuna_s, _tpe, partial(PercentilePruner, 75.0)),
         "TPE + Hyperband": partial(optuna_s, _tpe, partial(HyperbandPruner, min_resource=2, max_resource=20)),
-        "GP without pruner": partial(optuna_s, _gp, none),
+        "GP without pruner, draws repaired": partial(repaired, _gp),
         "random": partial(optuna_s, _random, none),
         "random, twice the budget": partial(twice, partial(optuna_s, _random, none)),
         "every training cut at half": partial(optuna_s, _tpe, none, share=0.5),
@@ -218,6 +282,7 @@ def strategies() -> dict[str, Strategy]:
         "ours: gp + median": partial(ours, "gp", "median", False),
         "ours: auto + median": partial(ours, "auto", "median", False),
         "ours: auto + median + finalists": partial(ours, "auto", "median", True),
+        "ours: auto + median, by forecast": partial(ours_by_forecast, "auto", "median"),
     }
     return known
 
@@ -234,3 +299,4 @@ def quietly() -> None:
     """Silence what Optuna says of each trial, and that some of its parts are new."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    warnings.filterwarnings("ignore", "All-NaN slice encountered", RuntimeWarning)  # Optuna's pruner, of unscored ones

@@ -21,10 +21,14 @@ from optimizer_daemon.search.stage import Stage
 
 SMOOTH = ("bowl", "corner", "interactions", "flat")
 HARD = ("cliff", "rugged", "crossing")
-FAMILIES = (*SMOOTH, *HARD)
+FAULTY = "faulty"
+"""The bowl where trainings crash, scores are NaN, and each comes when the next checkpoint is already there."""
+FAMILIES = (*SMOOTH, *HARD, FAULTY)
 SAVE_EVERY = 2  # epochs
 CHECKPOINT_NOISE = 0.10  # of one checkpoint's score: prompts and seeds
 TRAINING_NOISE = 0.08  # of one training: its own seed
+CRASHES = 0.1  # of the trainings of the faulty family
+UNSCORED = 0.05  # of its checkpoints
 _CALIBRATION_DRAWS = 4_000
 
 
@@ -38,6 +42,33 @@ def space() -> SearchSpace:
 def stage() -> Stage:
     """All of it."""
     return Stage.of(space())
+
+
+@dataclass(frozen=True)
+class Training:
+    """What one training would give.
+
+    Args:
+        scores: (epoch at which it is known, epoch of the checkpoint, score) in the order in which they come; NaN where
+            a checkpoint could not be scored.
+        epochs: how long it trains.
+        crashed: it ended by itself before its last epoch.
+    """
+
+    scores: list[tuple[int, int, float]]
+    epochs: int
+    crashed: bool = False
+
+    @property
+    def final(self) -> float | None:
+        """The score of its last checkpoint; None where it has none."""
+        score = math.nan if self.crashed else self.scores[-1][2]
+        return score if math.isfinite(score) else None
+
+    def cut(self, epochs: float) -> Training:
+        """Return one that ends at the last checkpoint of so many epochs."""
+        kept = [known for known in self.scores if known[1] <= epochs]
+        return Training(kept, min(self.epochs, kept[-1][1] if kept else int(epochs)), self.crashed)
 
 
 @dataclass(frozen=True)
@@ -67,6 +98,20 @@ class Task:
             fraction = epoch / epochs
             points[epoch] = clean + self._ahead(values, fraction) + offset + noise.gauss(0.0, CHECKPOINT_NOISE)
         return points
+
+    def training(self, values: Mapping[str, Value], noise: Random) -> Training:
+        """Return what one training gives, with this family's faults."""
+        points = self.curve(values, noise)
+        last = max(points)
+        if self.family != FAULTY:
+            return Training([(epoch, epoch, score) for epoch, score in points.items()], last)
+        end = noise.choice(list(points)) if noise.random() < CRASHES else last
+        scores = []
+        for then, (epoch, score) in zip([*list(points)[1:], last], points.items(), strict=True):
+            unscored = noise.random() < UNSCORED
+            if then <= end:
+                scores.append((then, epoch, math.nan if unscored else score))
+        return Training(scores, end, crashed=end < last)
 
     def _ahead(self, values: Mapping[str, Value], fraction: float) -> float:
         """How much worse than at its end a training is at a fraction of it."""

@@ -18,7 +18,7 @@ from optimizer_daemon.optuna_adapter.history import History, is_infeasible, with
 from optimizer_daemon.optuna_adapter.models import Model
 from optimizer_daemon.optuna_adapter.several import imputed_values, score_of
 from optimizer_daemon.optuna_adapter.trust_region import region_of
-from optimizer_daemon.search.curves import Curve, Imputation
+from optimizer_daemon.search.curves import Curve, Forecast
 from optimizer_daemon.search.expressions import Value
 from optimizer_daemon.search.stage import Stage
 
@@ -107,8 +107,11 @@ def _horizon(trial: FrozenTrial) -> int | None:
     return horizon if isinstance(horizon, int) else None
 
 
-def _learnable(trials: Sequence[FrozenTrial], objectives: Sequence[str]) -> list[FrozenTrial]:
-    """Return the trials a model can learn from: measured ones, stopped ones by their imputed ends, running ones.
+def _learnable(trials: Sequence[FrozenTrial], objectives: Sequence[str] = ()) -> list[FrozenTrial]:
+    """Return the trials a model can learn from: finished and stopped ones by their forecast, running ones.
+
+    With several objectives finished trials count by what was measured and stopped ones by their imputed ends. A trial
+    that failed its gate, or whose value is not its last score, counts by its value.
 
     Args:
         objectives: names, where there are several.
@@ -118,17 +121,26 @@ def _learnable(trials: Sequence[FrozenTrial], objectives: Sequence[str]) -> list
         for trial in trials
         if trial.state is TrialState.COMPLETE and not is_infeasible(trial) and (horizon := _horizon(trial)) is not None
     ]
-    imputation = Imputation(curve for trial, _ in peers if (curve := curve_of(trial)) is not None)
+    forecast = Forecast(curve for trial, _ in peers if (curve := curve_of(trial)) is not None)
     learnable = []
     for trial in trials:
-        if trial.state in (TrialState.COMPLETE, TrialState.RUNNING):
+        values = None
+        if trial.state is TrialState.PRUNED and objectives:
+            horizon = _horizon(trial)
+            values = None if horizon is None else imputed_values(trial, horizon, objectives, peers)
+        elif trial.state is TrialState.PRUNED or (not objectives and _ends_with_its_value(trial)):
+            curve = curve_of(trial)
+            end = None if curve is None else forecast.end(curve)
+            values = None if end is None else [end]
+        if values is not None:
+            learnable.append(with_values(trial, values))
+        elif trial.state in (TrialState.COMPLETE, TrialState.RUNNING):
             learnable.append(trial)
-        elif trial.state is TrialState.PRUNED and (curve := curve_of(trial)) is not None:
-            if objectives:
-                values = imputed_values(trial, curve.horizon, objectives, peers)
-            else:
-                value = imputation.of(curve)
-                values = None if value is None else [value]
-            if values is not None:
-                learnable.append(with_values(trial, values))
     return learnable
+
+
+def _ends_with_its_value(trial: FrozenTrial) -> bool:
+    """Tell whether a trial is finished, passed its gate, and is judged by its last score."""
+    if trial.state is not TrialState.COMPLETE or is_infeasible(trial) or len(trial.values) != 1:
+        return False
+    return bool(trial.intermediate_values.get(_horizon(trial) or -1) == trial.values[0])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 SMOOTHED_OVER = 2  # checkpoints; one alone is noisier than the difference between two trials
+FORECAST_FROM = 4  # checkpoints that tell where a training leads
 
 
 @dataclass(frozen=True)
@@ -69,31 +70,57 @@ class Curve:
         return last + (value - last) * (fraction - before) / (after - before)
 
 
-class Imputation:
-    """What stopped trainings would probably have reached, by their peers.
+def imputed(curve: Curve, peers: Iterable[Curve]) -> float | None:
+    """Return what a stopped training would probably have reached: its last score and its peers' median change since.
+
+    Args:
+        curve: of the stopped trial.
+        peers: finished trials that passed their gate.
+
+    Returns:
+        The value; None for a trial without any score.
+    """
+    if not curve.points:
+        return None
+    fraction, last = curve.smoothed[-1]
+    return last + _Changes((peer, peer.final) for peer in peers if peer.final is not None).since(fraction)
+
+
+class Forecast:
+    """What trainings would reach on average, for models: less noisy than a last score or an imputed end.
+
+    Each of the last checkpoints tells it with noise of its own: its score and the peers' median change from there to
+    their smoothed ends. The forecast is the mean of what they tell.
 
     Args:
         peers: finished trials that passed their gate.
     """
 
     def __init__(self, peers: Iterable[Curve]) -> None:
-        self._peers = [(peer, peer.final) for peer in peers if peer.final is not None]
-        self._changes: dict[float, float] = {}  # by fraction: trials are stopped at few different ones
+        finished = (peer for peer in peers if peer.final is not None and peer.points)
+        self._changes = _Changes((peer, peer.smoothed[-1][1]) for peer in finished)
 
-    def of(self, curve: Curve) -> float | None:
-        """Return a stopped trial's last score and its peers' median change since; None where it has no score."""
-        if not curve.points:
+    def end(self, curve: Curve) -> float | None:
+        """Return the forecast of a finished or a stopped trial; None where it has no score."""
+        last = curve.points[-FORECAST_FROM:]
+        if not last:
             return None
-        fraction, last = curve.smoothed[-1]
-        if fraction not in self._changes:
-            known = [final - then for peer, final in self._peers if (then := peer.at(fraction)) is not None]
-            self._changes[fraction] = statistics.median(known) if known else 0.0
-        return last + self._changes[fraction]
+        return statistics.fmean(score + self._changes.since(min(1.0, epoch / curve.horizon)) for epoch, score in last)
 
 
-def imputed(curve: Curve, peers: Iterable[Curve]) -> float | None:
-    """Return what one stopped training would probably have reached; see `Imputation`."""
-    return Imputation(peers).of(curve)
+class _Changes:
+    """By how much trainings changed from a fraction of them to their ends, as (curve, end) says: the median."""
+
+    def __init__(self, ends: Iterable[tuple[Curve, float]]) -> None:
+        self._ends = list(ends)
+        self._known: dict[float, float] = {}  # by fraction: trials share a few
+
+    def since(self, fraction: float) -> float:
+        """Return the median change; 0 where nothing is known of that fraction."""
+        if fraction not in self._known:
+            changes = [end - then for curve, end in self._ends if (then := curve.at(fraction)) is not None]
+            self._known[fraction] = statistics.median(changes) if changes else 0.0
+        return self._known[fraction]
 
 
 def quantile(values: Sequence[float], share: float) -> float:

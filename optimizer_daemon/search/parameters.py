@@ -190,17 +190,23 @@ class CategoricalParameter(Record):
 
     def snap(self, value: Value) -> Value:
         """Return the choice that `value` equals within the tolerance, else `value` unchanged."""
+        if self._is_choice(value):
+            return value
         return next((choice for choice in self.choices if same_value(choice, value)), value)
 
     def problem(self, value: Value) -> str | None:
         """Say why `value` is none of the choices; None when it is one."""
-        if any(same_value(choice, value) for choice in self.choices):
+        if self._is_choice(value) or any(same_value(choice, value) for choice in self.choices):
             return None
         return f"{value!r} is not one of {self}"
 
     def draw(self, rng: Random) -> Value:
         """Draw one choice, each equally likely."""
         return rng.choice(self.choices)
+
+    def _is_choice(self, value: Value) -> bool:
+        """Tell whether `value` is one of the choices exactly, of its very type: what nearly always is so."""
+        return any(value == choice and type(value) is type(choice) for choice in self.choices)
 
     def __str__(self) -> str:
         return ", ".join(str(choice) for choice in self.choices)

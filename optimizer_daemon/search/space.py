@@ -81,8 +81,18 @@ class SearchSpace:
             return [*problems, str(error)]
 
     def is_feasible(self, values: Mapping[str, Value]) -> bool:
-        """Tell whether a configuration is inside its ranges and breaks no rule."""
-        return not self.validate(values)
+        """Tell whether a configuration is inside its ranges and breaks no rule: whether `validate` finds nothing.
+
+        Models ask this a thousand times for one draw, so it ends with the first problem.
+        """
+        if values.keys() != self.parameters.keys():
+            return not self.validate(values)
+        if any(parameter.problem(values[name]) is not None for name, parameter in self.parameters.items()):
+            return False
+        try:
+            return next(self._objections(self._derive(values)), None) is None
+        except SettingsError:
+            return False
 
     def draw(self, rng: Random) -> dict[str, Value]:
         """Draw one feasible configuration of the declared parameters.

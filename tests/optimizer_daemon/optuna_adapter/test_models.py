@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from random import Random
 from statistics import median
 
@@ -13,7 +14,7 @@ from optimizer_daemon.optuna_adapter.draws import DRAW
 from optimizer_daemon.optuna_adapter.feasible import FeasibleSpace, distribution_of
 from optimizer_daemon.optuna_adapter.history import History
 from optimizer_daemon.optuna_adapter.models import SAMPLERS
-from optimizer_daemon.optuna_adapter.sampler import FeasibleSampler
+from optimizer_daemon.optuna_adapter.sampler import FeasibleSampler, _learnable
 from optimizer_daemon.search.load import load_space
 from optimizer_daemon.search.space import SearchSpace, parse_space
 from optimizer_daemon.search.stage import Stage
@@ -163,7 +164,34 @@ def test_a_stopped_trial_teaches_by_what_it_would_have_reached():
     )
     study.add_trial(trial(space, values, TrialState.PRUNED, intermediate_values={2: 1.0, 4: 1.2}))
     FeasibleSampler(Stage.of(space), 0, Spy()).draw(study, asked(study))
-    assert [known.value for known in seen] == [0.2, 0.3, 5.0, pytest.approx(1.1 - 0.4)]
+    # The peers fell by 0.4 and 0.2 from their middles to their smoothed ends, the last two checkpoints' mean.
+    assert [known.value for known in seen] == [
+        pytest.approx(statistics.fmean([0.6 - 0.2, 0.6 - 0.2, 0.2])),
+        pytest.approx(statistics.fmean([0.7 - 0.2, 0.7 - 0.2, 0.3])),
+        5.0,
+        pytest.approx(1.1 - 0.2),
+    ]
+
+
+def test_a_finished_trial_without_a_curve_or_with_another_value_than_its_last_score_counts_by_its_value():
+    space = parse_space(LINE, "test.toml")
+    study = optuna.create_study()
+    values = {"x": 0.7, "kind": "a", "max_train_epochs": 8}
+    study.add_trial(trial(space, values, TrialState.COMPLETE, 0.4))
+    study.add_trial(trial(space, values, TrialState.COMPLETE, 0.4, intermediate_values={4: 0.9, 8: 0.5}))
+    assert [known.value for known in _learnable(study.trials)] == [0.4, 0.4]
+
+
+def test_the_gp_finds_its_way_where_nearly_every_point_is_forbidden():
+    narrow = LINE.replace("kind == 'b' and x < 0.6", "abs(x - 0.25) > 0.002")
+    space = parse_space(narrow, "test.toml")
+    study = optuna.create_study()
+    rng = Random(2)
+    for _ in range(12):
+        values = space.draw(rng)
+        study.add_trial(trial(space, values, TrialState.COMPLETE, values["x"]))
+    for seed in range(3):
+        assert space.is_feasible(FeasibleSampler(Stage.of(space), seed, SAMPLERS.load("gp")).draw(study, asked(study)))
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS.names if SAMPLERS.load(name).objectives > 1])

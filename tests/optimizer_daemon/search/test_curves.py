@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import statistics
+from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimizer_daemon.search.curves import Curve, imputed, quantile
+from optimizer_daemon.search.curves import Curve, Forecast, imputed, quantile
 from optimizer_daemon.search.pruning import LEAST_PEERS, Pruner
 
 
@@ -56,6 +57,33 @@ def test_without_peers_it_stays_where_it_was_and_without_scores_nothing_is_known
     assert imputed(Curve.of(8, {}), [falling(8, 0.1)]) is None
     unfinished = [cut(falling(8, 0.1), 4)]
     assert imputed(Curve.of(8, {2: 1.0}), unfinished) == 1.0
+
+
+def test_a_forecast_is_what_the_last_four_checkpoints_tell_on_average():
+    peers = [falling(12, 0.2), falling(12, 0.5)]
+    noisy = Curve.of(12, {2: 9.0, 4: 9.0, 6: 0.5 + 0.1, 8: 1 / 3 - 0.1, 10: 1 / 6 + 0.1, 12: 0.0 - 0.3}, -0.3)
+    # to their smoothed ends peers fall by 0.5, 0.333, 0.167 from half on, and their middles are smoothed as well
+    exact = [0.6 - 0.5, 1 / 3 - 0.1 - 1 / 3, 1 / 6 + 0.1 - 1 / 6, -0.3]
+    assert Forecast(peers).end(noisy) == pytest.approx(statistics.fmean(exact))
+
+
+def test_a_forecast_scatters_less_than_a_last_score():
+    rng = Random(1)
+    curves = []
+    for _ in range(40):
+        points = {epoch: value + rng.gauss(0.0, 0.1) for epoch, value in falling(16, 0.2).points}
+        curves.append(Curve.of(16, points, points[16]))
+    forecast = Forecast(curves)
+    ends = [forecast.end(curve) for curve in curves]
+    assert statistics.stdev(ends) < 0.7 * statistics.stdev(curve.final for curve in curves)
+    assert statistics.fmean(ends) == pytest.approx(0.2, abs=0.1)
+
+
+def test_a_forecast_of_a_stopped_training_is_of_its_end_and_of_no_scores_there_is_none():
+    peers = [falling(12, 0.2), falling(20, 0.5), falling(16, 0.9)]
+    assert Forecast(peers).end(cut(falling(12, 0.4), 6)) == pytest.approx(0.4, abs=0.15)
+    assert Forecast([]).end(Curve.of(8, {2: 1.0, 4: 0.5})) == 0.75
+    assert Forecast(peers).end(Curve.of(8, {})) is None
 
 
 @settings(deadline=None)  # the first call imports numpy
