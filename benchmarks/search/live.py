@@ -341,7 +341,7 @@ def main() -> None:
     parser.add_argument("--sampler", default="random")
     parser.add_argument("--pictures", type=int, default=8, help="of the data set's 24; two make a step")
     parser.add_argument("--samples", type=int, default=6, help="pictures per checkpoint")
-    parser.add_argument("--render-steps", type=int, default=4)
+    parser.add_argument("--render-steps", type=int, default=6)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--work", type=Path, default=Path("runs/live"))
     parser.add_argument("--out", type=Path, default=HERE / "live.json")
