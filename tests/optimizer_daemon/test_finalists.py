@@ -6,8 +6,9 @@ from datetime import UTC, datetime
 
 import pytest
 
-from optimizer_daemon.finalists import due, fresh_seed
-from optimizer_daemon.optuna_adapter.study import Draw, Ended
+from optimizer_daemon.finalists import due, fresh_seed, line_up
+from optimizer_daemon.optuna_adapter.study import Draw, Ended, TuningStudy
+from optimizer_daemon.search.load import load_space
 from optimizer_daemon.settings import OptimizerSettings
 from shared.finalists import Contender, Origin, contending
 
@@ -92,6 +93,29 @@ def trial(number: int, origin: Origin = "sampler", *, may_win: bool = True) -> C
 )  # fmt: skip
 def test_the_winner_is_named_from_the_finalists(trials, expected):
     assert contending(trials) == expected
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "auto", "cmaes", "nsga2", "random"])
+def test_every_sampler_goes_on_after_finalists(tmp_path, sampler):
+    space = load_space("v2.1")
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    study = TuningStudy.open("s", url, space, seed=1, folder_id="a", sampler=sampler)
+    for number in range(11):
+        study.ask()
+        study.tell_complete(number, number * 0.1, None)
+    for left in (3, 2, 1):
+        assert line_up(study, None, left, 3, ())
+        repeat = study.ask()
+        assert repeat.finalist_of == 3 - left
+        assert repeat.values == study.ended()[repeat.finalist_of].draw.values
+        study.tell_complete(repeat.number, 0.5, None)
+    assert line_up(study, None, 0, 3, ())
+    assert line_up(study, None, 4, 3, (None,)), "with a larger target the search goes on"
+    drawn = [study.ask() for _ in range(2)]
+    assert [draw.finalist_of for draw in drawn] == [None, None]
+    assert all(space.validate(draw.values) == [] for draw in drawn)
+    assert not line_up(study, None, 3, 3, (None, None)), "finalists wait for the scores of those"
+    study.close()
 
 
 @pytest.mark.parametrize(

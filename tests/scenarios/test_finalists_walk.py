@@ -97,3 +97,13 @@ def test_a_finalist_is_never_stopped_by_its_scores(lab):
     (lab.folder / "go on").touch()
     assert daemon.wait(PATIENCE_S) == 0, daemon.said
     assert results(lab)[5].state == "complete"
+
+
+def test_with_two_trainings_at_once_the_finalists_wait_for_every_score_and_then_run_side_by_side(lab):
+    daemon = lab.optimizer("--n-trials", 5, *FLAGS, "--jobs", 2)
+    assert daemon.wait(PATIENCE_S) == 0, daemon.said
+    trials = results(lab)
+    finalists = trials[3:]
+    assert [trial.finalist_of for trial in trials] == [None, None, None, *best_of(trials[:3], 2)]
+    assert min(trial.started for trial in finalists) >= max(trial.ended for trial in trials[:3])
+    assert max(trial.started for trial in finalists) <= min(trial.ended for trial in finalists)
