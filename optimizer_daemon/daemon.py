@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from optimizer_daemon.baselines import Baselines, against, keep_copies, rivals
@@ -31,7 +31,6 @@ from optimizer_daemon.results import (
     publish_final,
     results_are_of,
     rewrite_summaries,
-    trials_of_stage,
     write_results,
 )
 from optimizer_daemon.runner import LiveTrial, Runner, now_local
@@ -50,6 +49,7 @@ from optimizer_daemon.study_file import begun, rewritten
 from optimizer_daemon.summary import ended_text, progress_fields, progress_parts, seconds, seconds_left, stopped_text
 from optimizer_daemon.trainers import TRAINERS
 from optimizer_daemon.trainers.base import Prepares, starts_apart
+from optimizer_daemon.trial_table import TrialTable
 from shared.durations import duration
 from shared.errors import LabError, SettingsError, Stopped
 from shared.failpoints import reach
@@ -98,6 +98,8 @@ class OptimizerDaemon:
         self._service = Service(clock=clock)
         self._line = LiveLine()
         self._live: list[LiveTrial] = []
+        self._table = TrialTable(self.layout)
+        self._finished_by_stage: Mapping[str | None, int] = {}
         self._failures = FailureStreak()
         self._ticking = False
         self._begin = clock()
@@ -428,7 +430,7 @@ class OptimizerDaemon:
         self._refresh_results()
 
     def _refresh_results(self) -> None:
-        write_results(self.layout, self._trials)
+        write_results(self.layout, self._trials, self._table)
         self._report.request()
 
     # ------------------------------------------------------------------------------------------------------- figures
@@ -454,8 +456,7 @@ class OptimizerDaemon:
     @property
     def _finished(self) -> int:
         """Finished trials of this run's stage."""
-        done = {trial.trial for trial in self._trials.trials if trial.state in ("complete", "pruned")}
-        return len(done & self._in_stage)
+        return self._finished_by_stage.get(self._stage.name, 0)
 
     @property
     def _time_is_up(self) -> bool:
@@ -466,6 +467,6 @@ class OptimizerDaemon:
         return [live.standing for live in self._live if live is not but]
 
     def _collect(self) -> AllTrials:
-        self._in_stage = trials_of_stage(self.layout, self._stage.name)
-        trials = all_trials(self.layout, self._run.study_name, self._objective, now_local(), self._objectives)
+        trials = all_trials(self._table, self._run.study_name, self._objective, now_local(), self._objectives)
+        self._finished_by_stage = self._table.finished_by_stage
         return trials.model_copy(update={"baselines": self._baselines.results()})

@@ -11,6 +11,7 @@ from typing import Final
 from optimizer_daemon.goals import goals_against
 from optimizer_daemon.scores import FinalScore, parts_lacking
 from optimizer_daemon.trade_offs import front, knee
+from optimizer_daemon.trial_table import TrialTable
 from shared.errors import DiskError, UnreadableFileError
 from shared.files import read_model, write_bytes, write_model, write_text
 from shared.finalists import Contender, contending
@@ -21,9 +22,7 @@ from shared.schemas import (
     Metrics,
     Objective,
     ScoringPreset,
-    TrialParams,
     TrialResult,
-    TrialState,
 )
 
 DIRECTION: Final = "minimise"
@@ -97,57 +96,17 @@ def _differences(ours: Metrics, theirs: Metrics) -> Iterator[str]:
 
 
 def all_trials(
-    study: StudyLayout, study_name: str, objective: str, now: datetime, objectives: Sequence[Objective] = ()
+    table: TrialTable, study_name: str, objective: str, now: datetime, objectives: Sequence[Objective] = ()
 ) -> AllTrials:
     """Collect every trial from its own files; one whose files are not there yet, or damaged, is left out."""
-    results = []
-    for trial in study.list_trials():
-        try:
-            params, state = read_model(trial.params, TrialParams), read_model(trial.state, TrialState)
-        except (FileNotFoundError, UnreadableFileError):
-            continue
-        results.append(trial_result(params, state))
     return AllTrials(
         study_name=study_name,
         updated=now,
         objective=objective,
         direction=DIRECTION,
         objectives=tuple(objectives),
-        trials=tuple(results),
+        trials=tuple(row.result for row in table.refresh()),
     )
-
-
-def trial_result(params: TrialParams, state: TrialState) -> TrialResult:
-    """Return the line of all_trials.json that a trial's own two files make."""
-    return TrialResult(
-        trial=state.trial,
-        optuna_number=state.optuna_number,
-        state=state.state,
-        reason=state.reason,
-        value=state.value,
-        values=state.objectives,
-        feasible=state.feasible,
-        parameters=params.parameters,
-        derived=params.derived,
-        curve=state.curve,
-        origin=params.origin,
-        finalist_of=params.finalist_of,
-        started=state.started,
-        ended=state.ended,
-    )
-
-
-def trials_of_stage(study: StudyLayout, stage: str | None) -> set[int]:
-    """Return the numbers of the trials that were drawn in a stage; None is the stage of those without --max-epochs."""
-    numbers = set()
-    for trial in study.list_trials():
-        try:
-            params = read_model(trial.params, TrialParams)
-        except (FileNotFoundError, UnreadableFileError):
-            continue
-        if params.stage == stage:
-            numbers.add(params.trial)
-    return numbers
 
 
 def ranked(trials: AllTrials) -> list[TrialResult]:
@@ -198,10 +157,18 @@ def results_are_of(study: StudyLayout, trials: AllTrials) -> bool:
     return (known.trials, known.baselines) == (trials.trials, trials.baselines)
 
 
-def write_results(study: StudyLayout, trials: AllTrials) -> None:
-    """Write all_trials.json and, once there is a winner, best_parameters.json."""
+def write_results(study: StudyLayout, trials: AllTrials, table: TrialTable | None = None) -> None:
+    """Write all_trials.json and, once there is a winner, best_parameters.json.
+
+    Args:
+        table: where the trials come from, if it is kept: then only what has changed is written out again.
+    """
     _make(study.results.folder)
-    write_model(study.results.all_trials, trials)
+    if table is None:
+        write_model(study.results.all_trials, trials)
+    else:
+        head = trials.model_copy(update={"trials": ()})
+        write_model(study.results.all_trials, head, elements={"trials": table.text_of(trials.trials)})
     best = winner(trials)
     if best is not None and best.value is not None:
         trial = study.trial(best.trial)

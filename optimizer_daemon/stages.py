@@ -12,11 +12,11 @@ from optimizer_daemon.search.load import load_space, read_text
 from optimizer_daemon.search.space import SearchSpace
 from optimizer_daemon.search.stage import EPOCHS, Stage
 from optimizer_daemon.search.stages_file import parse_stages
-from shared.errors import UnreadableFileError, UserError
-from shared.files import read_model
+from optimizer_daemon.trial_table import TrialTable
+from shared.errors import UserError
 from shared.layout import StudyLayout
 from shared.logs import log_change
-from shared.schemas import Run, StageOfRun, TrialParams, TrialState
+from shared.schemas import Run, StageOfRun
 
 _log = logging.getLogger(__name__)
 
@@ -123,14 +123,9 @@ def stages_of_run(run: Run) -> Stages:
 
 def finished_by_stage(study: StudyLayout) -> Counter[str | None]:
     """Count the finished trials of each stage, as the trials' own files have it."""
-    finished: Counter[str | None] = Counter()
-    for trial in study.list_trials():
-        try:
-            params, state = read_model(trial.params, TrialParams), read_model(trial.state, TrialState)
-        except (FileNotFoundError, UnreadableFileError):
-            continue
-        finished[params.stage] += state.state in ("complete", "pruned")
-    return finished
+    table = TrialTable(study)
+    table.refresh()
+    return table.finished_by_stage
 
 
 def announce(stages: Stages) -> None:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from optimizer_daemon.baselines import against, baseline_lines, baseline_results
-from optimizer_daemon.results import all_trials, ranked, winner
+from optimizer_daemon.glance import look_at, read
+from optimizer_daemon.results import DIRECTION, ranked, winner
 from optimizer_daemon.runner import now_local
 from optimizer_daemon.search.objectives import objectives_of_run
 from optimizer_daemon.stages import finished_by_stage
 from optimizer_daemon.summary import finalist_line
 from optimizer_daemon.trade_offs import front
-from shared.errors import UnreadableFileError, UserError
-from shared.files import read_model
+from shared.errors import UserError
 from shared.layout import StudyLayout, TrialLayout, expected_checkpoints
 from shared.locks import FileLock
-from shared.schemas import BaselineResult, EvaluationState, Run, TrialParams, TrialResult, TrialState, VersionedFile
-
-F = TypeVar("F", bound=VersionedFile)
+from shared.schemas import AllTrials, BaselineResult, EvaluationState, Run, TrialResult, TrialState
 
 _UNDER_WAY = ("drawn", "training", "trained", "interrupted")
 
@@ -33,20 +30,23 @@ def study_status(study: StudyLayout, top: int) -> dict[str, Any]:
         UserError: there is no study in the folder.
     """
     damaged: list[str] = []
-    run = _read(study.run, Run, damaged)
+    run = read(study.run, Run, damaged)
     if run is None and not damaged and not study.list_trials():
         raise UserError(f"{study.root} holds no study (no run.json); name the optimizer's --output-dir")
     objective = run.plan.scoring.objective if run is not None and run.plan is not None else "objective"
     settings = run.settings if run is not None else {}
-    gpus: dict[int, str] = {}
-    for trial in study.list_trials():
-        _read(trial.params, TrialParams, damaged)
-        state = _read(trial.state, TrialState, damaged)
-        if state is not None and state.gpu is not None:
-            gpus[state.trial] = state.gpu
     name = run.study_name if run is not None else study.root.name
     objectives = objectives_of_run(run) if run is not None else ()
-    trials = all_trials(study, name, objective, now_local(), objectives)
+    look = look_at(study, None if objectives else top)  # a front is made of all trials
+    damaged += look.damaged
+    trials = AllTrials(
+        study_name=name,
+        updated=now_local(),
+        objective=objective,
+        direction=DIRECTION,
+        objectives=objectives,
+        trials=look.shown,
+    )
     stage = run.stage if run is not None else None
     best = winner(trials)
     baselines = baseline_results(study, run) if run is not None else ()
@@ -60,19 +60,17 @@ def study_status(study: StudyLayout, top: int) -> dict[str, Any]:
         "objective": objective,
         "objectives": [known.model_dump() for known in objectives],
         "front": [trial.trial for trial in front(trials)] if objectives else [],
-        "finished": sum(trial.state in ("complete", "pruned") for trial in trials.trials),
-        "failed": sum(trial.state == "failed" for trial in trials.trials),
+        "finished": look.finished,
+        "failed": look.failed,
         "target": settings.get("n-trials") if stage is None else stage.study_trials,
         "stage": None if stage is None else {**stage.model_dump(), "finished": finished_by_stage(study)[stage.name]},
         "best": None if best is None else best.trial,
         "best_is": None if best is None or best.finalist_of is None else finalist_line(trials, best),
         "baselines": [result.model_dump() for result in baselines],
         "baseline_lines": baseline_lines(baselines, objective, None if best is None else best.value),
-        "top": [_row(study, trial, every, gpus, baselines) for trial in ranked(trials)[:top]],
-        "under_way": [
-            _row(study, trial, every, gpus, baselines) for trial in trials.trials if trial.state in _UNDER_WAY
-        ],
-        "quarantined": [row for trial in study.list_trials() for row in _quarantined(trial, damaged)],
+        "top": [_row(study, trial, every, baselines) for trial in ranked(trials)[:top]],
+        "under_way": [_row(study, trial, every, baselines) for trial in trials.trials if trial.state in _UNDER_WAY],
+        "quarantined": [row for trial in look.suspects for row in _quarantined(trial, damaged)],
         "requests": [
             {"to": recipient, "file": path.name}
             for recipient in ("optimizer", "evaluator")
@@ -133,19 +131,8 @@ def _place(stage: dict[str, Any]) -> str:
     return f" ({stage['number']} of {stage['of']})" if stage["of"] > 1 else ""
 
 
-def _read(path: Path, model: type[F], damaged: list[str]) -> F | None:
-    """Return a document; None when it is not there, or damaged: that is noted."""
-    try:
-        return read_model(path, model)
-    except FileNotFoundError:
-        return None
-    except UnreadableFileError as error:
-        damaged.append(str(error))
-        return None
-
-
 def _quarantined(trial: TrialLayout, damaged: list[str]) -> Iterator[dict[str, Any]]:
-    state = _read(trial.evaluations.state, EvaluationState, damaged)
+    state = read(trial.evaluations.state, EvaluationState, damaged)
     for record in state.checkpoints if state is not None else ():
         if record.quarantine is not None:
             found = record.quarantine
@@ -154,9 +141,8 @@ def _quarantined(trial: TrialLayout, damaged: list[str]) -> Iterator[dict[str, A
             }  # fmt: skip
 
 
-def _row(
-    study: StudyLayout, trial: TrialResult, every: Any, gpus: Mapping[int, str], baselines: Sequence[BaselineResult]
-) -> dict[str, Any]:
+def _row(study: StudyLayout, trial: TrialResult, every: Any, baselines: Sequence[BaselineResult]) -> dict[str, Any]:
+    state = read(study.trial(trial.trial).state, TrialState, [])
     epochs = trial.parameters.get("max_train_epochs")
     expected = expected_checkpoints(epochs, every) if isinstance(epochs, int) and isinstance(every, int) else None
     return {
@@ -164,7 +150,7 @@ def _row(
         "optuna_number": trial.optuna_number,
         "state": trial.state,
         "reason": trial.reason,
-        "gpu": gpus.get(trial.trial),
+        "gpu": None if state is None else state.gpu,
         "value": trial.value,
         "values": trial.values,
         "feasible": trial.feasible,

@@ -21,9 +21,10 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -99,8 +100,12 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_model(path: Path, model: BaseModel) -> None:
+def write_model(path: Path, model: BaseModel, *, elements: Mapping[str, Sequence[str]] = MappingProxyType({})) -> None:
     """Replace `path` by `model` with its checksum; see `write_bytes`.
+
+    Args:
+        elements: by name, lists that are empty in `model`, each element written out by `element_text`: so a long list
+            of which one element has changed costs no more than that one.
 
     Raises:
         ValueError: `model` holds what `read_model` would refuse, as model_copy(update=...) may.
@@ -111,15 +116,35 @@ def write_model(path: Path, model: BaseModel) -> None:
         parse_model(content, path, type(model))
     except UnreadableFileError as error:
         raise ValueError(f"refused to write what could not be read again: {error}") from error
-    write_bytes(path, content)
+    write_bytes(path, to_bytes(model, elements) if elements else content)
 
 
-def to_bytes(model: BaseModel) -> bytes:
+def to_bytes(model: BaseModel, elements: Mapping[str, Sequence[str]] = MappingProxyType({})) -> bytes:
     """Return the file `write_model` writes: fields as declared, two spaces of indent, UTF-8, the checksum last."""
-    payload = model.model_dump(mode="json", warnings="error")
-    text = json.dumps(payload, ensure_ascii=False, indent=2, allow_nan=False)
+    text, separator = _text_of(model), ",\n    "
+    for name, texts in elements.items():
+        if texts:
+            empty = f'\n  "{name}": []'
+            assert empty in text, f"{name} is a list of {type(model).__name__} and empty"
+            text = text.replace(empty, f"{empty[:-1]}\n    {separator.join(texts)}\n  ]", 1)
     body = (text.removesuffix("\n}") + ",\n").encode()
     return body + _checksum_lines(body)
+
+
+def element_text(record: BaseModel) -> str:
+    """Return a record as it stands in a list of a file.
+
+    Raises:
+        ValueError: it holds what could not be read again.
+    """
+    text = _text_of(record)
+    type(record).model_validate_json(json.dumps(parse_object(text.encode())))
+    return text.replace("\n", "\n    ")  # within a text a line feed is escaped
+
+
+def _text_of(model: BaseModel) -> str:
+    payload = model.model_dump(mode="json", warnings="error")
+    return json.dumps(payload, ensure_ascii=False, indent=2, allow_nan=False)
 
 
 def sweep_temp_files(directory: Path) -> list[Path]:
@@ -178,7 +203,7 @@ def parse_model(content: bytes, path: Path, model: type[Model], *, edited: bool 
     """Return the document in `content`, read from `path`; see `read_model`."""
     payload = _strict_json(content, path)
     if not edited and ("checksum" in payload or checksum_required(model)):
-        _check_checksum(content, path, present="checksum" in payload)
+        check_checksum(content, path, present="checksum" in payload)
     payload.pop("checksum", None)
     _check_version(payload, path)
     try:
@@ -339,7 +364,15 @@ def _checksum_lines(body: bytes) -> bytes:
     return f'  "checksum": "sha256:{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
 
 
-def _check_checksum(content: bytes, path: Path, *, present: bool) -> None:
+def check_checksum(content: bytes, path: Path, *, present: bool = True) -> None:
+    """See that a file is as it was written.
+
+    Args:
+        present: it has a checksum, right or wrong.
+
+    Raises:
+        UnreadableFileError: it is not.
+    """
     body = content[: -len(_checksum_lines(b""))]
     if content != body + _checksum_lines(body):
         fault = "its checksum does not fit its content" if present else "it has no checksum"

@@ -6,6 +6,7 @@ that look at a folder. `WRITERS` says who alone may write each path.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -366,8 +367,15 @@ class StudyLayout:
 
     def list_trials(self) -> list[TrialLayout]:
         """Return every trial_* folder, by number, those without one last; a missing study folder has none."""
-        trials = [TrialLayout(path) for path in _entries(self.root) if path.name.startswith("trial_") and path.is_dir()]
-        return sorted(trials, key=lambda trial: (trial.number is None, trial.number or 0, trial.name))
+        try:
+            with os.scandir(self.root) as entries:  # a folder of thousands is listed again and again
+                names = [entry.name for entry in entries if entry.name.startswith("trial_") and entry.is_dir()]
+        except FileNotFoundError:
+            return []
+        trials = [TrialLayout(self.root / name) for name in names]
+        numbered = [(trial.number, trial.name, trial) for trial in trials]
+        numbered.sort(key=lambda known: (known[0] is None, known[0] or 0, known[1]))
+        return [trial for _, _, trial in numbered]
 
     def evaluations(self, label: str) -> LabelLayout:
         """Return the folder of evaluations outside a trial's own checkpoints, e.g. evaluations/baseline/.

@@ -20,8 +20,9 @@ from optimizer_daemon.analysis.facts import (
 from optimizer_daemon.analysis.standing import against, best_checkpoint, overtaken, rates, standing
 from optimizer_daemon.baselines import baseline_results
 from optimizer_daemon.goals import goals_against
-from optimizer_daemon.results import DIRECTION, contenders, ranked, trial_result, winner
+from optimizer_daemon.results import DIRECTION, contenders, ranked, winner
 from optimizer_daemon.search.objectives import objectives_of_run
+from optimizer_daemon.trial_table import trial_result
 from shared.errors import LabError, UserError
 from shared.files import read_model
 from shared.layout import BASELINE, EvaluationsLayout, RenderLayout, StudyLayout, TrialLayout

@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
 from optimizer_daemon.results import all_trials, write_results
+from optimizer_daemon.trial_table import TrialTable
 from shared.files import to_bytes
 from shared.layout import RenderLayout, StudyLayout
 from shared.schemas import (
@@ -104,8 +105,9 @@ def write_study(root: Path, written: Written | None = None, *, storage: bool = T
     for name, shift in written.baselines.items():
         place = study.evaluations("baseline").checkpoint(name)
         _write_render(place, plan, "baseline", name, None, shift, written, 0)
-    trials = all_trials(study, "written", plan.scoring.objective, BEGIN)
-    write_results(study, trials)
+    table = TrialTable(study)
+    trials = all_trials(table, "written", plan.scoring.objective, BEGIN)
+    write_results(study, trials, table)
     if storage:
         stored = optuna.create_study(study_name="written", storage=f"sqlite:///{study.database}")
         stored.add_trials([_stored(study, trial) for trial in trials.trials])
