@@ -16,9 +16,9 @@ from optimizer_daemon.optuna_adapter.draws import DRAW
 from optimizer_daemon.optuna_adapter.feasible import FeasibleSpace
 from optimizer_daemon.optuna_adapter.history import History, is_infeasible, with_values
 from optimizer_daemon.optuna_adapter.models import Model
-from optimizer_daemon.optuna_adapter.several import imputed_values, score_of
+from optimizer_daemon.optuna_adapter.several import objective_curves, score_of
 from optimizer_daemon.optuna_adapter.trust_region import region_of
-from optimizer_daemon.search.curves import Curve, Forecast
+from optimizer_daemon.search.curves import Curve, Forecast, Imputation
 from optimizer_daemon.search.expressions import Value
 from optimizer_daemon.search.stage import Stage
 
@@ -116,27 +116,32 @@ def _learnable(trials: Sequence[FrozenTrial], objectives: Sequence[str] = ()) ->
     Args:
         objectives: names, where there are several.
     """
-    peers = [
-        (trial, horizon)
-        for trial in trials
-        if trial.state is TrialState.COMPLETE and not is_infeasible(trial) and (horizon := _horizon(trial)) is not None
-    ]
-    forecast = Forecast(curve for trial, _ in peers if (curve := curve_of(trial)) is not None)
+    measured = (trial for trial in trials if trial.state is TrialState.COMPLETE and not is_infeasible(trial))
+    peers = list(zip(*filter(None, (_curves(trial, objectives) for trial in measured)), strict=True))
+    # Of several objectives finished trials keep their values, and stopped ones are imputed on that very scale.
+    how = Imputation if objectives else Forecast
+    forecasts = [how(curves) for curves in peers or [()] * (len(objectives) or 1)]
     learnable = []
     for trial in trials:
-        values = None
-        if trial.state is TrialState.PRUNED and objectives:
-            horizon = _horizon(trial)
-            values = None if horizon is None else imputed_values(trial, horizon, objectives, peers)
-        elif trial.state is TrialState.PRUNED or (not objectives and _ends_with_its_value(trial)):
-            curve = curve_of(trial)
-            end = None if curve is None else forecast.end(curve)
-            values = None if end is None else [end]
-        if values is not None:
+        ends: list[float | None] = []
+        if trial.state is TrialState.PRUNED or (not objectives and _ends_with_its_value(trial)):
+            curves = _curves(trial, objectives)
+            ends = [forecast.end(curve) for forecast, curve in zip(forecasts, curves, strict=False)]
+        values = [end for end in ends if end is not None]
+        if values and len(values) == len(ends):
             learnable.append(with_values(trial, values))
         elif trial.state in (TrialState.COMPLETE, TrialState.RUNNING):
             learnable.append(trial)
     return learnable
+
+
+def _curves(trial: FrozenTrial, objectives: Sequence[str]) -> list[Curve]:
+    """Return a trial's curve of each objective; none where its draw does not say how long it trains."""
+    if objectives:
+        horizon = _horizon(trial)
+        return [] if horizon is None else objective_curves(trial, horizon, objectives)
+    curve = curve_of(trial)
+    return [] if curve is None else [curve]
 
 
 def _ends_with_its_value(trial: FrozenTrial) -> bool:

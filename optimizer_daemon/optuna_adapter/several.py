@@ -14,7 +14,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from optimizer_daemon.search.curves import Curve, imputed
+from optimizer_daemon.search.curves import Curve
 from shared.errors import StudyMismatchError
 from shared.schemas import Objective
 
@@ -72,26 +72,11 @@ def score_of(trial: FrozenTrial) -> float | None:
     return trial.values[0] if score is None else float(score)
 
 
-def imputed_values(
-    trial: FrozenTrial, horizon: int, names: Sequence[str], peers: Sequence[tuple[FrozenTrial, int]]
-) -> list[float] | None:
-    """Return what a stopped trial would probably have reached in each objective; None where that cannot be told.
-
-    Args:
-        horizon: the epochs it was to train.
-        names: of the objectives.
-        peers: complete trials that passed their gate, each with its own horizon.
-    """
-    found = []
-    for place, name in enumerate(names):
-        ends = [_curve(peer, name, epochs, peer.values[place]) for peer, epochs in peers]
-        value = imputed(_curve(trial, name, horizon, None), ends)
-        if value is None:
-            return None
-        found.append(value)
-    return found
-
-
-def _curve(trial: FrozenTrial, name: str, horizon: int, final: float | None) -> Curve:
-    points = {epoch: values[name] for epoch, values in values_by_epoch(trial).items() if name in values}
-    return Curve.of(horizon, points, final)
+def objective_curves(trial: FrozenTrial, horizon: int, names: Sequence[str]) -> list[Curve]:
+    """Return a trial's values of each objective by epoch, with the final one of a complete trial."""
+    measured = values_by_epoch(trial)
+    finals = trial.values if trial.state is TrialState.COMPLETE else [None] * len(names)
+    return [
+        Curve.of(horizon, {epoch: values[name] for epoch, values in measured.items() if name in values}, final)
+        for name, final in zip(names, finals, strict=True)
+    ]

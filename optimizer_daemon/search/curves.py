@@ -70,20 +70,27 @@ class Curve:
         return last + (value - last) * (fraction - before) / (after - before)
 
 
-def imputed(curve: Curve, peers: Iterable[Curve]) -> float | None:
-    """Return what a stopped training would probably have reached: its last score and its peers' median change since.
+class Imputation:
+    """What stopped trainings would probably have reached: the last score and the peers' median change since.
 
     Args:
-        curve: of the stopped trial.
         peers: finished trials that passed their gate.
-
-    Returns:
-        The value; None for a trial without any score.
     """
-    if not curve.points:
-        return None
-    fraction, last = curve.smoothed[-1]
-    return last + _Changes((peer, peer.final) for peer in peers if peer.final is not None).since(fraction)
+
+    def __init__(self, peers: Iterable[Curve]) -> None:
+        self._changes = _Changes((peer, peer.final) for peer in peers if peer.final is not None)
+
+    def end(self, curve: Curve) -> float | None:
+        """Return what a stopped trial would have reached; None where it has no score."""
+        if not curve.points:
+            return None
+        fraction, last = curve.smoothed[-1]
+        return last + self._changes.since(fraction)
+
+
+def imputed(curve: Curve, peers: Iterable[Curve]) -> float | None:
+    """Return what one stopped training would probably have reached; see `Imputation`."""
+    return Imputation(peers).end(curve)
 
 
 class Forecast:
