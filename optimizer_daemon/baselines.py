@@ -231,7 +231,8 @@ def against(results: Sequence[BaselineResult], value: float) -> dict[str, float]
 
 
 def _difference(difference: float) -> str:
-    return f"{abs(difference):.4f} {'better' if difference < 0 else 'worse'}" if difference else "as good"
+    shown = f"{abs(difference):.4f}"
+    return "as good" if float(shown) == 0 else f"{shown} {'better' if difference < 0 else 'worse'}"
 
 
 class Baselines:

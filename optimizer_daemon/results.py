@@ -89,7 +89,7 @@ def _differences(ours: Metrics, theirs: Metrics) -> Iterator[str]:
         elif parts_lacking(score) != parts_lacking(other):
             yield f"{name:20} {score.value:.4f} against {other.value:.4f}, made of different parts"
         else:
-            difference = score.value - other.value
+            difference = round(score.value - other.value, 4)  # as it is shown
             better = (difference < 0) == (score.direction == "minimise")
             verdict = f"{'better' if better else 'worse'} by {abs(difference):.4f}" if difference else "the same"
             yield f"{name:20} {score.value:.4f} against {other.value:.4f}, {verdict}"
