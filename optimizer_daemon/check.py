@@ -6,6 +6,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,11 +21,12 @@ from optimizer_daemon.search.lint import DRAWS, Lint, lint
 from optimizer_daemon.search.load import load_space
 from optimizer_daemon.search.objectives import split
 from optimizer_daemon.search.space import SearchSpace, format_parameters
-from optimizer_daemon.search.stage import Stage
+from optimizer_daemon.search.stage import EPOCHS, Stage
 from optimizer_daemon.settings import OptimizerSettings
 from optimizer_daemon.stages import Stages, load_stages
 from optimizer_daemon.start_checks import check_inputs
 from optimizer_daemon.trainers import TRAINERS
+from optimizer_daemon.warm_up import rule_of_study, with_rule
 from shared.errors import LabError
 from shared.layout import StudyLayout
 from shared.schemas import Run
@@ -44,22 +46,25 @@ def check(settings: OptimizerSettings) -> dict[str, Any]:
     space = load_space(settings.search_space)
     trainer = TRAINERS.load(settings.trainer_name)
     load_sampler(settings.sampler, len(split(settings.objectives or "")) or 1)
+    study = StudyLayout((settings.output_dir or Path("study")).absolute())
+    rule, no_rule_because = rule_of_study(settings, study, space)
+    space = with_rule(space, rule)
     stages = load_stages(space, settings.stages, settings.max_epochs)
     first = stages.all[0]
     rng = Random(settings.seed)
     samples = [first.space.draw(rng) for _ in range(SAMPLES)]
     found: dict[str, Any] = {
         "search_space": space.name,
-        **_linted(lint(space, settings.seed)),
-        "stages": [_stage(stage, settings) for stage in stages.all if stage.name is not None],
+        **_linted(lint(replace(space, constraints=first.space.constraints), settings.seed)),
+        "no_warm_up_rule": no_rule_because,
+        "stages": [_stage(stage, settings) for stage in stages.all if stage.name is not None or stage.spared],
         "samples": [space.complete(values) for values in samples],
-        "checklist": _checklist(space, samples[0], settings),
+        "checklist": _checklist(stages, samples[0], settings),
         "command": None,
         "disk": None,
     }
     if settings.base_model is None and settings.dataset_config is None:
         return found
-    study = StudyLayout((settings.output_dir or Path("study")).absolute())
     run = check_inputs(settings, study, stages, trainer)
     params = params_of(Draw(0, samples[0], None, now_local()), space, settings.seed)
     plan = trainer.plan(params, study.trial(1), run)
@@ -78,6 +83,8 @@ def check_text(found: Mapping[str, Any]) -> str:
     lines += [f"rule {rule['number']} can never fire ({certain}): {rule['reason']}" for rule in found["dead_rules"]]
     dead = [f"{known['parameter']} = {known['value']} can never be drawn ({certain})" for known in found["unreachable"]]
     lines += dead or [f"every declared value can be drawn ({certain})"]
+    if found["no_warm_up_rule"] is not None:
+        lines.append(f"warm-ups are not held to half of a training: {found['no_warm_up_rule']}")
     for stage in found["stages"]:
         lines += ["", *_stage_lines(stage)]
     lines += ["", f"{len(found['samples'])} configurations as they would be drawn", *_table(found["samples"])]
@@ -106,17 +113,23 @@ def _stage(stage: Stage, settings: OptimizerSettings) -> dict[str, Any]:
         "trials": stage.trials or settings.n_trials,
         "epochs": stage.epochs,
         "around_best": stage.around_best,
-        "dropped": [
-            {"parameter": known.parameter, "value": known.value, "reason": known.reason} for known in stage.dropped
-        ],
+        "kept": [asdict(known) for known in stage.spared],
+        "dropped": [asdict(known) for known in stage.dropped],
     }
 
 
 def _stage_lines(stage: Mapping[str, Any]) -> list[str]:
     near = f", most of them near the best {stage['around_best']} of the stages before" if stage["around_best"] else ""
     title = f"stage {stage['name']!r}: {stage['trials']} trials of {stage['epochs']} epochs{near}"
-    dropped = [f"  {known['parameter']} = {known['value']} is dropped: {known['reason']}" for known in stage["dropped"]]
-    return [title, *dropped]
+    return [
+        *([] if stage["name"] is None else [title]),
+        *(f"  {_text(known)} is kept, for every value breaks a rule: {known['reason']}" for known in stage["kept"]),
+        *(f"  {_text(known)} is dropped: {known['reason']}" for known in stage["dropped"]),
+    ]
+
+
+def _text(known: Mapping[str, Any]) -> str:
+    return f"{known['parameter']} = {known['value']}"
 
 
 def _linted(found: Lint) -> dict[str, Any]:
@@ -132,13 +145,12 @@ def _linted(found: Lint) -> dict[str, Any]:
     }
 
 
-def _checklist(space: SearchSpace, first: Mapping[str, Value], settings: OptimizerSettings) -> list[dict[str, Any]]:
+def _checklist(stages: Stages, first: Mapping[str, Value], settings: OptimizerSettings) -> list[dict[str, Any]]:
     """The seven lines that a set-up of V2.1 is verified by; a space of one's own may well fail some of them."""
+    space = stages.declared
     rate = space.parameters.get("learning_rate")
-    epochs = space.parameters.get("max_train_epochs")
-    least = min(
-        (value for value in (epochs.ends if epochs is not None else ()) if isinstance(value, int)), default=None
-    )
+    epochs = [stage.space.parameters[EPOCHS] for stage in stages.all if EPOCHS in space.parameters]
+    least = min((value for known in epochs for value in known.ends if isinstance(value, int)), default=None)
     shown = [line for line in format_parameters(space.complete(first)) if "(ratio:" in line]
     high = _high_alpha_reasons(space)
     written = _writes(settings)

@@ -50,6 +50,7 @@ from optimizer_daemon.summary import ended_text, progress_fields, progress_parts
 from optimizer_daemon.trainers import TRAINERS
 from optimizer_daemon.trainers.base import Prepares, starts_apart
 from optimizer_daemon.trial_table import TrialTable
+from optimizer_daemon.warm_up import rule_of_study, with_rule
 from shared.durations import duration
 from shared.errors import LabError, SettingsError, Stopped
 from shared.failpoints import reach
@@ -140,11 +141,13 @@ class OptimizerDaemon:
     def _open(self) -> None:
         """Freeze or compare run.json, open the study and find what an earlier daemon left."""
         space, settings = self._space, self._settings
+        rule, no_rule_because = rule_of_study(settings, self.layout, space)
+        space = with_rule(space, rule)
         self._stages = load_stages(space, settings.stages, settings.max_epochs)
         self._stage = self._stages.current(self.layout)
         checked = check_inputs(settings, self.layout, self._stages, self._trainer)
         stage = self._stages.described(self._stage, self.layout, settings.n_trials)
-        self._run: Run = checked.model_copy(update={"stage": stage})
+        self._run: Run = checked.model_copy(update={"stage": stage, "warm_up_rule": rule})
         assert self._run.plan is not None and self._run.plan_hash is not None, "the evaluator scores this workload"
         self._objectives = objectives_of_run(self._run)
         database = Database.of(self._run, self.layout)
@@ -188,6 +191,8 @@ class OptimizerDaemon:
             self._refresh_results()  # the last end of a trial came no further than the database, or a file was mended
         elif self._report.stale:
             self._report.request()
+        if no_rule_because is not None:
+            log_change(_log, "warm-ups are not held to half of a training", reason=no_rule_because)
         announce(self._stages)
         counts = {"finished": self._finished, "target": self._target, **self._stage_fields()}
         log_change(_log, "study opened", study=self._run.study_name, **counts)

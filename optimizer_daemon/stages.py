@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from optimizer_daemon.search.space import SearchSpace
 from optimizer_daemon.search.stage import EPOCHS, Stage
 from optimizer_daemon.search.stages_file import parse_stages
 from optimizer_daemon.trial_table import TrialTable
+from optimizer_daemon.warm_up import with_rule
 from shared.errors import UserError
 from shared.layout import StudyLayout
 from shared.logs import log_change
@@ -115,7 +116,7 @@ def stages_of_run(run: Run) -> Stages:
     """Return the stages of a study's last run, for who has run.json only."""
     name, file, epochs = (run.settings.get(flag) for flag in ("search-space", "stages", "max-epochs"))
     return load_stages(
-        load_space(str(name)),
+        with_rule(load_space(str(name)), run.warm_up_rule),
         Path(file) if isinstance(file, str) else None,
         epochs if isinstance(epochs, int) else None,
     )
@@ -129,9 +130,9 @@ def finished_by_stage(study: StudyLayout) -> Counter[str | None]:
 
 
 def announce(stages: Stages) -> None:
-    """Log what each stage cannot draw."""
+    """Log what each stage cannot draw, and what it draws against a rule because nothing else is left."""
     for stage in stages.all:
-        for known in stage.dropped:
-            fields: dict[str, Any] = {} if stage.name is None else {"stage": stage.name}
-            fields |= {"parameter": known.parameter, "value": known.value, "reason": known.reason}
-            log_change(_log, "value dropped", **fields)
+        where: dict[str, Any] = {} if stage.name is None else {"stage": stage.name}
+        for event, values in (("smallest value kept", stage.spared), ("value dropped", stage.dropped)):
+            for known in values:
+                log_change(_log, event, **where, **asdict(known))

@@ -65,11 +65,13 @@ class Constraint:
         when: refuses where it is true; with `requires` only where a check fails too.
         requires: (name, check) pairs, in the order in which failures are named.
         reason: why, for people.
+        spares_least_of: the parameter whose smallest value it lets pass where nothing would be left otherwise.
     """
 
     when: Expression
     requires: tuple[tuple[str, Expression], ...]
     reason: str
+    spares_least_of: str | None = None
 
     @classmethod
     def parse(cls, text: ConstraintText, kinds: Mapping[str, Kind], where: str) -> Self:
@@ -89,6 +91,13 @@ class Constraint:
             for number, item in enumerate(text.requires, start=1)
         )
         return cls(when, requires, text.reason)
+
+    def sparing(self, least: Value) -> Constraint:
+        """Return the rule that lets no value but the smallest of its parameter pass, whatever the others are."""
+        name = self.spares_least_of
+        assert name is not None, "only some rules give way"
+        when = parse_expression(f"{name} > {least}", {name: "number"}, self.when.where, "condition")
+        return Constraint(when, (), self.reason)
 
     @property
     def shown_reason(self) -> str:

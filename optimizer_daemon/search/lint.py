@@ -88,7 +88,7 @@ def lint(space: SearchSpace, seed: int = 0) -> Lint:
 def unreachable(space: SearchSpace) -> tuple[Unreachable, ...]:
     """Return the values of grids and choices that provably are in no feasible configuration.
 
-    Much quicker than `lint` where most values are in one.
+    Much quicker than `lint` where most values are in one. Of a space without any, only one parameter's are returned.
     """
     candidates, proved = _candidates(space)
     if not proved or math.prod(len(values) for values in candidates.values()) > MOST_COMBINATIONS:
@@ -117,6 +117,8 @@ def unreachable(space: SearchSpace) -> tuple[Unreachable, ...]:
         else:
             ((rule, _),) = objections.most_common(1)
             found.append(Unreachable(name, value, space.constraints[rule - 1].shown_reason))
+            if sum(known.parameter == name for known in found) == len(candidates[name]):
+                break
     return tuple(found)
 
 

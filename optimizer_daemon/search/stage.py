@@ -5,8 +5,9 @@ The study's parameters stay what they are declared to be; a stage only says what
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Self
 
@@ -29,6 +30,7 @@ class Stage:
         space: what is drawn from: the declared space, narrowed, without the values that no configuration can have.
         pinned: parameters that have one value, whatever is declared; Optuna does not know them.
         dropped: the values that `space` therefore lacks.
+        spared: smallest values that rules let pass, for nothing was left otherwise.
         trials: finished trials to reach; None where the settings say it.
         around_best: how many of the best trials of earlier stages most draws stay near; None for anywhere.
         earlier: names of the stages before.
@@ -39,6 +41,7 @@ class Stage:
     space: SearchSpace
     pinned: Mapping[str, Value] = field(default_factory=dict)
     dropped: tuple[Unreachable, ...] = ()
+    spared: tuple[Unreachable, ...] = ()
     trials: int | None = None
     around_best: int | None = None
     earlier: tuple[str, ...] = ()
@@ -63,13 +66,16 @@ class Stage:
         space = declared.with_parameters(
             {**(narrowed or {}), **{known: only(value) for known, value in pinned.items()}}
         )
-        dropped = unreachable(space)
-        stage = cls(name, declared, _without(space, dropped), pinned, dropped)
         try:
-            stage.space.draw(Random(0))
+            dropped, left = _fitted(space)
+            return cls(name, declared, left, pinned, dropped)
         except UserError as error:
-            raise UserError(f"{stage.title}: {error}") if name is not None else error from error
-        return stage
+            spared = _spared(space)
+            if spared:
+                with suppress(UserError):
+                    dropped, left = _fitted(_sparing(space, spared))
+                    return cls(name, declared, left, pinned, dropped, spared)
+            raise UserError(f"stage {name!r}: {error}") if name is not None else error from error
 
     @property
     def epochs(self) -> int | None:
@@ -88,8 +94,38 @@ class Stage:
 
     @property
     def askable(self) -> SearchSpace:
-        """What a person may ask for: all that is declared, with the pinned values."""
-        return self.declared.with_parameters({name: only(value) for name, value in self.pinned.items()})
+        """What a person may ask for: all that is declared, with the pinned values and the stage's rules."""
+        whole = self.declared.with_parameters({name: only(value) for name, value in self.pinned.items()})
+        return replace(whole, constraints=self.space.constraints)
+
+
+def _fitted(space: SearchSpace) -> tuple[tuple[Unreachable, ...], SearchSpace]:
+    """Return the values that no configuration has, and the space without them.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    dropped = unreachable(space)
+    left = _without(space, dropped)
+    left.draw(Random(0))
+    return dropped, left
+
+
+def _spared(space: SearchSpace) -> tuple[Unreachable, ...]:
+    """Return the smallest values that rules of the space let pass where nothing is left otherwise."""
+    names = {rule.spares_least_of: rule.reason for rule in space.constraints if rule.spares_least_of is not None}
+    return tuple(
+        Unreachable(name, min(space.parameters[name].ends, key=float), reason) for name, reason in names.items()
+    )
+
+
+def _sparing(space: SearchSpace, spared: Iterable[Unreachable]) -> SearchSpace:
+    least = {known.parameter: known.value for known in spared}
+    rules = (
+        rule if rule.spares_least_of is None else rule.sparing(least[rule.spares_least_of])
+        for rule in space.constraints
+    )
+    return replace(space, constraints=tuple(rules))
 
 
 def _without(space: SearchSpace, dropped: tuple[Unreachable, ...]) -> SearchSpace:

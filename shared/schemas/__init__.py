@@ -49,6 +49,7 @@ from shared.schemas.optimizer import (
     TrialResult,
     TrialState,
     TrialStateName,
+    WarmUpRule,
 )
 from shared.schemas.plan import EvaluationPlan, PlannedSample, PromptOptions, ScoringPreset
 from shared.schemas.requests import (
@@ -127,6 +128,7 @@ __all__ = [
     "TrialState",
     "TrialStateName",
     "VersionedFile",
+    "WarmUpRule",
 ]
 
 

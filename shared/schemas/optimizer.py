@@ -63,6 +63,13 @@ class Baseline(Record):
     sha256: Sha256 = Field(description="Identity of its content: the hash of its tensor data.")
 
 
+class WarmUpRule(Record):
+    """A rule of the search space that depends on the data set."""
+
+    when: Name = Field(description="What it refuses, in the language of search spaces.")
+    reason: Name = Field(description="Why.")
+
+
 class StageOfRun(Record):
     """The stage that a run is in."""
 
@@ -106,6 +113,11 @@ class Run(VersionedFile):
         description="Effective settings of the optimizer daemon by flag name, without the dashes."
     )
     slots: int = Field(default=1, ge=1, description="Trainings that may run at once.")
+    warm_up_rule: WarmUpRule | None = Field(
+        default=None,
+        description="That a warm-up takes at most half of a training, on this data set; null where the search space "
+        "draws no warm-up, where the steps could not be told, and in studies of an earlier version.",
+    )
     stage: StageOfRun | None = Field(
         default=None, description="The stage that runs, or ran last; null for a run without stages."
     )

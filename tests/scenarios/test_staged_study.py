@@ -38,6 +38,8 @@ around_best = 1
 @pytest.fixture
 def lab(tmp_path):
     with QuickLab(tmp_path) as lab:
+        data = lab.folder / "dataset.toml"  # as many steps as a real data set has, or no warm-up would be short enough
+        data.write_text(data.read_text().replace("num_repeats = 1", "num_repeats = 100"))
         yield lab
 
 
@@ -119,6 +121,9 @@ def test_values_that_the_epochs_rule_out_are_dropped_with_one_line_each_and_an_e
         "network_dim value=256",
         *(f"network_alpha_ratio value={ratio}" for ratio in (0.75, 0.8, 0.85, 0.9)),
     ]
+    rule = read_model(lab.study.run, Run).warm_up_rule
+    assert rule is not None
+    assert rule.when == "2 * lr_warmup_steps > -(-(600) // gradient_accumulation_steps) * max_train_epochs"
     (lab.folder / "stages.toml").write_text(
         '[[stages]]\nname = "big"\ntrials = 1\nepochs = 8\n[stages.parameters.network_dim]\nchoices = [256]\n'
     )

@@ -115,6 +115,10 @@ def _of_the_optimizer() -> dict[str, BaseModel]:
                 "seed": 42,
                 "gpus": ("0",),
             },
+            warm_up_rule=s.WarmUpRule(
+                when="2 * lr_warmup_steps > -(-36 // gradient_accumulation_steps) * max_train_epochs",
+                reason="A warm-up takes at most half of all optimizer steps (here of 36 batches an epoch)",
+            ),
             stage=s.StageOfRun(name="fine", number=2, of=3, trials=20, epochs=12, study_trials=35),
             threads_per_process=1,
             versions=VERSIONS,
