@@ -23,6 +23,7 @@ from optimizer_daemon.search.objectives import split
 from optimizer_daemon.search.space import SearchSpace, format_parameters
 from optimizer_daemon.search.stage import EPOCHS, Stage
 from optimizer_daemon.settings import OptimizerSettings
+from optimizer_daemon.slots import slot_count
 from optimizer_daemon.stages import Stages, load_stages
 from optimizer_daemon.start_checks import check_inputs
 from optimizer_daemon.trainers import TRAINERS
@@ -102,7 +103,7 @@ def check_text(found: Mapping[str, Any]) -> str:
         "",
         f"disk: a checkpoint takes {sizes}",
         f"  {_bytes(disk['trial'])} a trial with its pictures, {_bytes(disk['study'])} for {disk['trials']} trials; "
-        f"{_bytes(disk['training'])} more while one trains, for its state; {_bytes(disk['free'])} are free",
+        f"{_bytes(disk['training'])} more for states of what trains; {_bytes(disk['free'])} are free",
     ]
     return "\n".join(lines)
 
@@ -231,7 +232,7 @@ def _disk(settings: OptimizerSettings, run: Run, stages: Stages, rng: Random) ->
         "checkpoint": found.checkpoint,
         "trial": found.trial,
         "study": found.study,
-        "training": found.training,
+        "training": found.training * slot_count(settings),
         "trials": count,
         "free": free,
     }

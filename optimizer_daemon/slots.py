@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from optimizer_daemon.settings import OptimizerSettings
-from shared.devices import cuda_device_count, gpu_uuid, require_device, resolve_device, why_no_cuda
+from shared.devices import cuda_device_count, gpu_model, gpu_uuid, require_device, resolve_device, why_no_cuda
 from shared.errors import SettingsError
 from shared.gpu_lease import GpuPolicy
 from shared.schemas import TrialStateName
@@ -29,10 +29,12 @@ class Slot:
     Args:
         device: "cpu", "cuda" or "cuda:N" as this process counts.
         gpu: UUID of the card; None on a CPU.
+        model: what kind of card it is.
     """
 
     device: str
     gpu: str | None
+    model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,12 @@ class Slots:
         return [slot.gpu for slot in self._free(others)]
 
     def scoring_device(self, trials: Sequence[Standing]) -> str:
-        """Return the device to score on: one where nobody trains, if there is one."""
-        return (self._free(trials) or self._slots)[0].device
+        """Return the device to score on: one where nobody trains, if there is one.
+
+        Always the same kind of card: another one rounds otherwise, so that its scores could not be compared.
+        """
+        first = self._slots[0]
+        return next((slot for slot in self._free(trials) if slot.model == first.model), first).device
 
     def _free(self, trials: Sequence[Standing]) -> list[Slot]:
         """Return the slots nobody holds; none while more trainings run than there are slots now."""
@@ -140,13 +146,14 @@ def slots_of(settings: OptimizerSettings) -> list[Slot]:
                 count,
                 "under --gpu-policy defer a training has its GPU to itself; use share, or a GPU for each with --gpus",
             )
-        return [Slot(device, gpu)] * count
+        return [Slot(device, gpu, gpu_model(device))] * count
     if why := why_no_cuda():
         raise SettingsError("--gpus", settings.gpus, f"{why}; repair that, or use --device cpu and --jobs")
     numbers, known = _gpu_numbers(settings.gpus), cuda_device_count()
     if max(numbers) >= known:
         raise SettingsError("--gpus", settings.gpus, f"there are only {known} GPUs, counted from 0; name others")
-    return [Slot(f"cuda:{number}", gpu_uuid(f"cuda:{number}")) for number in numbers]
+    devices = [f"cuda:{number}" for number in numbers]
+    return [Slot(device, gpu_uuid(device), gpu_model(device)) for device in devices]
 
 
 def _gpu_numbers(text: str) -> list[int]:

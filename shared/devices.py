@@ -60,6 +60,22 @@ def gpu_uuid(device: str) -> str | None:
     """
     if not device.startswith("cuda"):
         return None
+    content, name = _card(device)
+    # Of a card that is cut into instances the driver names the instance.
+    return f"{'MIG' if ' MIG ' in name else 'GPU'}-{uuid.UUID(bytes=content)}"
+
+
+def gpu_model(device: str) -> str | None:
+    """Return what kind of card is behind "cuda" or "cuda:N", such as "NVIDIA H200"; None on a CPU.
+
+    Raises:
+        ResourceError: the driver does not tell.
+    """
+    return _card(device)[1] if device.startswith("cuda") else None
+
+
+def _card(device: str) -> tuple[bytes, str]:
+    """Return the 16 bytes that identify a card, and its kind."""
     require_device(device)
     driver = ctypes.CDLL("libcuda.so.1")
     handle, content, name = ctypes.c_int(0), (ctypes.c_ubyte * 16)(), ctypes.create_string_buffer(256)
@@ -69,9 +85,7 @@ def gpu_uuid(device: str) -> str | None:
         or driver.cuDeviceGetName(name, len(name), handle)
     ):
         raise ResourceError(f"--device {device}: the driver does not name the card; repair it, or use --device cpu")
-    # Of a card that is cut into instances the driver names the instance.
-    kind = "MIG" if b" MIG " in name.value else "GPU"
-    return f"{kind}-{uuid.UUID(bytes=bytes(content))}"
+    return bytes(content), name.value.decode(errors="replace")
 
 
 def default_dtype(device: str) -> Literal["float32", "float16"]:

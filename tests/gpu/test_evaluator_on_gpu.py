@@ -17,7 +17,7 @@ from evaluator_daemon.evaluator import Evaluator
 from evaluator_daemon.job import Job
 from evaluator_daemon.places import TrialPlace
 from evaluator_daemon.renderers.diffusion import DiffusionRenderer
-from shared.devices import gpu_uuid
+from shared.devices import gpu_model, gpu_uuid
 from shared.errors import DeviceBusyError, DeviceMemoryError
 from shared.files import read_model
 from shared.gpu_lease import GpuLease
@@ -87,6 +87,7 @@ def test_the_same_pictures_come_again(job):
 
 def test_the_driver_and_torch_name_the_card_alike():
     assert gpu_uuid("cuda") == f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    assert gpu_model("cuda") == torch.cuda.get_device_name(0)
     assert gpu_uuid("cpu") is None
 
 

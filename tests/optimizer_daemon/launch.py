@@ -19,6 +19,7 @@ def show(cards: list[str]) -> None:
     """Have the driver show these cards."""
     shared.devices.why_no_cuda = lambda: None
     shared.devices.cuda_device_count = lambda: len(cards)
+    shared.devices.gpu_model = lambda device: "a card" if device.startswith("cuda") else None
     shared.devices.gpu_uuid = lambda device: cards[int(device.partition(":")[2] or 0)]
 
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from optimizer_daemon import slots as module
+from optimizer_daemon.runner import LiveTrial
 from optimizer_daemon.settings import OptimizerSettings, load_optimizer_settings
 from optimizer_daemon.slots import Slot, Slots, Standing, slot_count, slots_of
 from optimizer_daemon.study_file import threads_per_process
+from optimizer_daemon.trainers import TRAINERS
+from optimizer_daemon.trainers.base import starts_apart
 from shared.errors import SettingsError
+from shared.layout import TrialLayout
+from shared.progress_bar import Progress
 
 CPU = Slot("cpu", None)
 ONE, TWO = Slot("cuda:0", "GPU-1"), Slot("cuda:1", "GPU-2")
@@ -86,9 +93,37 @@ def test_scores_are_made_where_nobody_trains_if_there_is_such_a_place():
     assert slots.scoring_device([]) == "cuda:0"
     assert slots.scoring_device([training("GPU-1"), trained()]) == "cuda:1"
     assert slots.scoring_device([training("GPU-1"), training("GPU-2")]) == "cuda:0"
+    unlike = Slots([ONE, Slot("cuda:1", "GPU-2", "another card")], "share")
+    assert unlike.scoring_device([training("GPU-1")]) == "cuda:0", "scores of another kind of card do not compare"
 
 
 # --------------------------------------------------------------------------------------------- what the settings say
+
+
+@pytest.mark.parametrize(
+    ("alive", "progress", "leases", "holds", "prepares"),
+    [
+        pytest.param(False, None, [], False, False, id="nothing lives"),
+        pytest.param(False, None, ["a lease"], True, False, id="it is about to start"),
+        pytest.param(True, None, [], True, True, id="it has said nothing yet"),
+        pytest.param(True, Progress(None, 5, 9, preparing="latents"), [], True, True, id="it caches latents"),
+        pytest.param(True, Progress(1, 0, 9), [], True, True, id="before its first step"),
+        pytest.param(True, Progress(1, 1, 9), [], True, False, id="it steps"),
+    ],
+)
+def test_how_a_trial_stands_to_the_slots(tmp_path, alive, progress, leases, holds, prepares):
+    anything: Any = None
+    state: Any = SimpleNamespace(state="training")
+    live = LiveTrial(TrialLayout(tmp_path), anything, state, anything, gpu="GPU-1", progress=progress, leases=leases)
+    process: Any = SimpleNamespace(is_alive=alive)
+    live.process = process
+    assert live.standing == Standing("training", "GPU-1", holds, prepares)
+
+
+def test_which_trainers_write_what_all_their_trainings_use():
+    assert {name: starts_apart(TRAINERS.load(name)) for name in ("native", "kohya", "command")} == {
+        "native": False, "kohya": True, "command": True
+    }  # fmt: skip
 
 
 @pytest.fixture
@@ -97,6 +132,7 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(module, "why_no_cuda", lambda: None)
     monkeypatch.setattr(module, "cuda_device_count", lambda: 2)
     monkeypatch.setattr(module, "require_device", lambda device: None)
+    monkeypatch.setattr(module, "gpu_model", lambda device: None)
     monkeypatch.setattr(module, "resolve_device", lambda device: "cuda" if device == "auto" else device)
     monkeypatch.setattr(
         module, "gpu_uuid", lambda device: {"cuda": "GPU-1", "cuda:0": "GPU-1", "cuda:1": "GPU-2"}.get(device)
