@@ -15,7 +15,7 @@ from optimizer_daemon.lora_training.config import load_config
 from shared.errors import UserError
 from shared.files import read_model
 from shared.layout import StudyLayout, writer_of
-from shared.schemas import AllTrials, Analyze, SummaryStatistics
+from shared.schemas import AllTrials, Analyze, ParetoFront, SummaryStatistics, TrialState
 from tests.scenarios.agreeing_results import require_agreement, rows, table
 from tests.scenarios.measured_study import Written, write_study
 
@@ -42,6 +42,10 @@ def stored(study) -> dict[int, optuna.trial.FrozenTrial]:
 
 def statistics(study: StudyLayout) -> SummaryStatistics:
     return read_model(study.results.summary_statistics, SummaryStatistics)
+
+
+def state_of(study: StudyLayout, trial: int) -> TrialState:
+    return read_model(study.trial(trial).state, TrialState)
 
 
 def report(study: StudyLayout) -> str:
@@ -187,6 +191,26 @@ def test_a_study_with_little_in_it_is_told_as_it_is(tmp_path, written, says):
     assert (found.winner is None) == ("no winner" in says or "none" in says)
     assert study.results.best_training_config.exists() == (found.winner is not None)
     assert says.split(":")[0] in study.results.best_training_config_text.read_text()
+
+
+def test_with_finalists_the_winner_and_its_certainty_are_among_them(tmp_path):
+    written = Written(trials=4, finalists={3: 1, 4: 2}, shift={(3, 6): 0.001})
+    study = told(write_study(tmp_path / "study", written, storage=False))
+    found = statistics(study)
+    assert (found.winner.trial, found.winner.compared, found.winner.tie_set) == (3, 2, (3,))
+    first = state_of(study, 1).value
+    assert f"It trained the configuration of trial 1 again with a fresh seed, which scored {first:.4f}" in report(study)
+    assert [int(row["trial"]) for row in rows(study)] == [1, 2, 3, 4], "the table ranks every trial"
+
+
+def test_with_several_objectives_the_winner_is_the_knee_and_the_front_is_written(tmp_path):
+    study = told(write_study(tmp_path / "study", Written(trials=5, objectives=True, noise=0.01), storage=False))
+    front = read_model(study.results.pareto_front, ParetoFront)
+    found = statistics(study)
+    assert found.winner.trial == front.knee and found.winner.certainty is None
+    said = f"Trial {front.knee} is the knee of the front of {len(front.front)} trade-offs: brightness_score"
+    assert said in report(study)
+    assert "pareto_front.png" in report(study)
 
 
 def test_a_winner_that_is_gone_takes_its_configuration_along(tmp_path):

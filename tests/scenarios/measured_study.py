@@ -21,8 +21,9 @@ from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
 from optimizer_daemon.results import all_trials, write_results
+from optimizer_daemon.search.objectives import objectives_of_run
 from optimizer_daemon.trial_table import TrialTable
-from shared.files import to_bytes
+from shared.files import read_model, to_bytes
 from shared.layout import RenderLayout, StudyLayout
 from shared.schemas import (
     Attempt,
@@ -49,6 +50,7 @@ from shared.scores.from_values import scores_from_values, values_of
 BEGIN = datetime(2025, 11, 15, 10, 0, tzinfo=UTC)
 LEARNING = 0.05
 WAVE = (0.01, -0.02, 0.03, 0.0, -0.01, 0.02, -0.03, 0.005)
+OBJECTIVES = ("brightness_score", "contrast_score")
 PROMPTS = ("a red ball", "a blue cube", "a green cone", "a yellow ring")
 
 
@@ -66,6 +68,8 @@ class Written:
         shift: (trial, epoch) -> what is added to its brightness.
         noise: spread of what differs between two checkpoints' pictures besides their means.
         base_shift: brightness of the base model above the target; None for a base that was not rendered yet.
+        finalists: trial -> the trial that it repeats.
+        objectives: (brightness_score, contrast_score) besides the one score, where asked.
         baselines: name -> its brightness above the target.
         parameters: further parameters of every trial.
         trainer: of the study.
@@ -82,6 +86,8 @@ class Written:
     shift: Mapping[tuple[int, int], float] = field(default_factory=dict)
     noise: float = 0.0002
     base_shift: float | None = 0.3
+    finalists: Mapping[int, int] = field(default_factory=dict)
+    objectives: bool = False
     baselines: Mapping[str, float] = field(default_factory=dict)
     parameters: Mapping[str, str | int | float] = field(default_factory=dict)
     trainer: Trainer = field(default_factory=lambda: Trainer(name="native"))
@@ -106,7 +112,8 @@ def write_study(root: Path, written: Written | None = None, *, storage: bool = T
         place = study.evaluations("baseline").checkpoint(name)
         _write_render(place, plan, "baseline", name, None, shift, written, 0)
     table = TrialTable(study)
-    trials = all_trials(table, "written", plan.scoring.objective, BEGIN)
+    objectives = objectives_of_run(read_model(study.run, Run))
+    trials = all_trials(table, "written", plan.scoring.objective, BEGIN, objectives)
     write_results(study, trials, table)
     if storage:
         stored = optuna.create_study(study_name="written", storage=f"sqlite:///{study.database}")
@@ -147,11 +154,13 @@ def parameters_of(number: int, written: Written) -> dict[str, str | int | float]
 
 def _run(study: StudyLayout, plan: EvaluationPlan, written: Written) -> Run:
     baselines = {name: Baseline(file=f"/loras/{name}.safetensors", sha256="0" * 64) for name in written.baselines}
+    objectives = {"objectives": ",".join(OBJECTIVES)} if written.objectives else {}
     return Run(
         folder_id=secrets.token_hex(8), study_name="written", storage=f"sqlite:///{study.database}",
         workload="sd-lora", score_source="evaluator", status="finished", created=BEGIN, updated=BEGIN,
         base_model=written.base_model, plan=plan, plan_hash=plan.digest(), trainer=written.trainer,
-        settings=dict(written.settings), baselines=baselines, threads_per_process=1, versions={"lora-tuner": "0.1.0"},
+        settings={**written.settings, **objectives}, baselines=baselines, threads_per_process=1,
+        versions={"lora-tuner": "0.1.0"},
     )  # fmt: skip
 
 
@@ -161,7 +170,8 @@ def _write_trial(study: StudyLayout, plan: EvaluationPlan, number: int, written:
     state = written.states.get(number, "complete")
     params = TrialParams(
         trial=number, optuna_number=number - 1, parameters=parameters_of(number, written),
-        derived=("network_alpha",), origin="sampler", training_seed=number,
+        derived=("network_alpha",), training_seed=number, finalist_of=written.finalists.get(number),
+        origin="finalist" if number in written.finalists else "sampler",
     )  # fmt: skip
     _write(trial.params, params)
     epochs = written.epochs if state in ("complete", "trained") else written.epochs[:-1]
@@ -199,6 +209,7 @@ def _write_trial(study: StudyLayout, plan: EvaluationPlan, number: int, written:
             started=None if state == "drawn" else started, ended=started + timedelta(minutes=40) if ends else None,
             reason=None if state in ("complete", "training", "trained", "drawn") else f"the {state} trial's reason",
             value=curve[-1].value if complete else None,
+            objectives=_objectives(final) if complete and written.objectives else {},
             feasible=final.gate.feasible if complete and final is not None else None, curve=tuple(curve),
         ),
     )  # fmt: skip
@@ -210,6 +221,12 @@ def _write_trial(study: StudyLayout, plan: EvaluationPlan, number: int, written:
                 ended=started + timedelta(minutes=30), seconds=1800.0, peak_memory=2**30,
             ),
         )  # fmt: skip
+
+
+def _objectives(final: Metrics | None) -> dict[str, float]:
+    assert final is not None
+    found = {name: final.scores[name].value for name in OBJECTIVES}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _write_render(
