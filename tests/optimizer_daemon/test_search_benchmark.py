@@ -49,6 +49,12 @@ def test_regret_is_0_at_the_best_and_1_on_average():
     assert np.mean(finals) == pytest.approx(1.0, abs=0.1)
 
 
+def test_too_few_studies_are_called_neither_better_nor_worse():
+    default, other = list(strategies())[:2]
+    table = summary([result(default, 0, 0.2), result(other, 0, 0.1)], 480)
+    assert f"| {other} | 1 | 0.100 | 0.100 |" in text(table)
+
+
 def test_a_faulty_family_crashes_leaves_out_and_is_late():
     task, rng = Task(FAULTY, 0), Random(2)
     trainings = [task.training(space().draw(rng), rng) for _ in range(600)]
@@ -121,15 +127,18 @@ def result(strategy: str, seed: int, regret: float) -> dict:
 
 def test_strategies_are_compared_on_the_seeds_that_both_have_done():
     default, other = list(strategies())[:2]
-    results = [result(default, seed, 0.1 * seed) for seed in range(6)]
-    results += [result(other, seed, 0.1 * seed - 0.05) for seed in range(3, 9)]
+    results = [result(default, seed, 0.1 + 0.1 * seed) for seed in range(15)]
+    results += [result(other, seed, 0.05 + 0.1 * seed) for seed in range(3, 18)]
     table = summary(results, 480)
     row = table["families"]["bowl"][other]
-    assert row["studies"] == 6
+    assert row["studies"] == 15
     assert row["difference"] == pytest.approx(-0.05)
     assert row["difference_interval"] == pytest.approx([-0.05, -0.05])
+    assert row["share_of_default"][0] == pytest.approx(0.9 / 0.95)
     assert row["epochs_to"] == [100.0, None, None]
-    assert "-0.050 (-0.050..-0.050) **better** | 100 / - / -" in text(table)
+    assert f"| {other} | 15 | **1.050** | **1.050** |" in text(table)
+    assert f"| {other} | 15 | 1.000 / 0.500 / 1.050 |" in text(table)
+    assert "| -0.050 (-0.050..-0.050) | 95% (" in text(table)
 
 
 @pytest.mark.parametrize("family", ["bowl", FAULTY])

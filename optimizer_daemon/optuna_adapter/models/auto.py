@@ -1,4 +1,4 @@
-"""The portfolio: a Gaussian process and a Parzen estimator in turns, both feasible, both on imputed curves.
+"""The portfolio: a Gaussian process and a Parzen estimator in turns, both feasible, both on forecasts.
 
 The process is the better one where the score is smooth in the parameters, the estimator where it has cliffs; which of
 them it is, nobody knows beforehand. benchmarks/search has the figures.
