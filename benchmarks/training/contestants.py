@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from benchmarks.training.watching import Training
 from benchmarks.training.world import World
 from optimizer_daemon.lora_training.config import TrainConfig, to_toml
+from optimizer_daemon.lora_training.dataset_config import BatchShape
 from optimizer_daemon.trainers.native import preload_of
 from shared.preloaded import Preloaded
 from shared.process import ProcessIdentity
@@ -69,7 +70,8 @@ class Native:
     name = "native"
 
     def __init__(self, task: Task, world: World) -> None:
-        self.server = Preloaded(preload_of(world.base_model, _environment(task)))
+        shape = BatchShape(task.batch_size, task.size_px, task.size_px) if task.device == "cpu" else None
+        self.server = Preloaded(preload_of(world.base_model, _environment(task), shape))
 
     def takes(self, task: Task) -> bool:
         return True

@@ -6,10 +6,10 @@ and this trainer does not is refused by name, unless it is set to what it is wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -109,6 +109,25 @@ class DatasetPlan:
     place: str
     dataset: Dataset
     subsets: tuple[Subset, ...]
+
+
+class BatchShape(NamedTuple):
+    """What all batches of a data set look like: pictures, and their height and width in pixels."""
+
+    pictures: int
+    height: int
+    width: int
+
+
+def batch_shape(plans: Iterable[DatasetPlan]) -> BatchShape | None:
+    """Return the shape that all batches have; None where buckets or several tables make several."""
+    shapes = {
+        None
+        if plan.dataset.enable_bucket
+        else BatchShape(plan.dataset.batch_size, plan.dataset.resolution[1], plan.dataset.resolution[0])
+        for plan in plans
+    }
+    return shapes.pop() if len(shapes) == 1 else None
 
 
 _ONLY_IN_A_SUBSET = frozenset({"image_dir", "is_reg", "alpha_mask", "metadata_file", "conditioning_data_dir"})

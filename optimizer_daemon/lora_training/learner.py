@@ -13,6 +13,7 @@ from optimizer_daemon.lora_training.base_model import BaseModel
 from optimizer_daemon.lora_training.captions import varies
 from optimizer_daemon.lora_training.config import TrainConfig
 from optimizer_daemon.lora_training.dataset import Batch
+from optimizer_daemon.lora_training.dataset_config import BatchShape
 from optimizer_daemon.lora_training.latents import Latents
 from optimizer_daemon.lora_training.lora import LoraNetwork
 from optimizer_daemon.lora_training.models import (
@@ -22,6 +23,7 @@ from optimizer_daemon.lora_training.models import (
 )
 from optimizer_daemon.lora_training.objective import Objective
 from optimizer_daemon.lora_training.optimizers import create_optimizer
+from optimizer_daemon.lora_training.packed import is_packed
 from optimizer_daemon.lora_training.resident import frozen_networks
 from optimizer_daemon.lora_training.schedulers import create_lr_scheduler
 from optimizer_daemon.lora_training.size_conditions import time_ids
@@ -39,16 +41,23 @@ class Learner:
         hardware: where it runs.
         latents: the images.
         total_steps: optimizer steps of the whole training, for the learning rates' course.
+        batch_shape: of all batches; None where they have several.
     """
 
     def __init__(
-        self, config: TrainConfig, base: BaseModel, hardware: Hardware, latents: Latents, total_steps: int
+        self,
+        config: TrainConfig,
+        base: BaseModel,
+        hardware: Hardware,
+        latents: Latents,
+        total_steps: int,
+        batch_shape: BatchShape | None = None,
     ) -> None:
         self.hardware = hardware
         self.predicts_velocity = config.predicts_velocity(base.predicts_velocity)
         self._config = config
         self._latents = latents
-        unet, encoders = frozen_networks(base, hardware)
+        unet, encoders = frozen_networks(base, hardware, batch_shape)
         self._unet: Any = unet
         self._text = TextConditioning(
             load_tokenizers(base),
@@ -149,6 +158,11 @@ class Learner:
         self._optimizer.zero_grad(set_to_none=True)
         if self._config.scale_weight_norms:
             self.network.limit(self._config.scale_weight_norms)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the UNet's weights are laid out for this CPU and these batches."""
+        return is_packed(self._unet)
 
     def lay_out_weights(self, memory_format: torch.memory_format) -> None:
         """Change the memory format of the UNet's convolutions; a copy is made where they have another."""

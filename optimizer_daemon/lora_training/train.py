@@ -12,6 +12,7 @@ import torch
 from optimizer_daemon.lora_training.base_model import BaseModel
 from optimizer_daemon.lora_training.config import TrainConfig
 from optimizer_daemon.lora_training.dataset import Batch, TrainingData
+from optimizer_daemon.lora_training.dataset_config import batch_shape
 from optimizer_daemon.lora_training.identity import identity_of
 from optimizer_daemon.lora_training.ignored import ignored_settings
 from optimizer_daemon.lora_training.latents import default_cache_dir, load_latents
@@ -53,7 +54,8 @@ def _train(config: TrainConfig, data: TrainingData, base: BaseModel, wish: StopW
     images = data.images + data.validation_images
     latents = load_latents(images, base, hardware, cache, wish.check)
     print(f"latents: {latents.cached} from the cache, {latents.encoded} encoded", flush=True)
-    learner = Learner(config, base, hardware, latents, total_steps)
+    shape = batch_shape(images.plan for images in data.sets)
+    learner = Learner(config, base, hardware, latents, total_steps, shape)
     identity = identity_of(config, data, base, hardware)
     start, losses = _resumed(config, learner, identity)
     facts = Facts(learner.torch_optimizer.description, hardware.precision, learner.predicts_velocity, total_steps)
@@ -188,7 +190,7 @@ def _set_up_torch(config: TrainConfig) -> Hardware:
 
 @contextmanager
 def _quick_convolutions(learner: Learner, data: TrainingData) -> Iterator[None]:
-    """Do without oneDNN where its reordering of the frozen weights at every convolution costs more than it saves.
+    """Do without oneDNN where its reordering of plain weights at every convolution costs more than it saves.
 
     CPU seconds of SD1.5's UNet forward and backward on one thread, in channels_last with and without oneDNN, then
     contiguous without: .97 .91 1.37 at 64 x 64 pixels, 2.4 1.9 2.4 at 128, 6.2 5.2 4.9 at 256, 21 22 23 at 512.
@@ -197,7 +199,7 @@ def _quick_convolutions(learner: Learner, data: TrainingData) -> Iterator[None]:
     onednn: Any = torch.backends.mkldnn
     before = onednn.enabled
     on_one_core = learner.hardware.device.type == "cpu" and torch.get_num_threads() == 1
-    if on_one_core and most <= _MOST_PIXELS_WITHOUT_ONEDNN:
+    if not learner.packed and on_one_core and most <= _MOST_PIXELS_WITHOUT_ONEDNN:
         onednn.enabled = False
         if most > _MOST_PIXELS_IN_CHANNELS_LAST:
             learner.lay_out_weights(torch.contiguous_format)

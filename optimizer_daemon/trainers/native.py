@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 
 from optimizer_daemon.lora_training.base_model import inspect_base_model
 from optimizer_daemon.lora_training.config import ARGUMENT_TABLES, TrainConfig, to_toml
+from optimizer_daemon.lora_training.dataset_config import BatchShape, batch_shape, load_dataset_config
 from optimizer_daemon.lora_training.dataset_settings import of_options
 from optimizer_daemon.lora_training.families import require_encoder_rates, require_family
 from optimizer_daemon.lora_training.optimizer_names import require_optimizer
@@ -22,6 +24,7 @@ from optimizer_daemon.lora_training.toml_file import closest
 from optimizer_daemon.trainers.base import LaunchPlan, ResumePoint, TrainerInput
 from optimizer_daemon.trainers.diagnosis import explain
 from optimizer_daemon.trainers.native_checks import require_optimizers, require_possible
+from shared.devices import resolve_device
 from shared.errors import SettingsError, UserError
 from shared.layout import TrialLayout
 from shared.model_folders import require_base_model
@@ -135,7 +138,8 @@ class NativeTrainer:
         """Return the imports and the frozen networks, which take longer than all else before the first step."""
         if run.trainer.python is not None or run.base_model is None:
             return None
-        return preload_of(Path(run.base_model).absolute(), _environment(run.threads_per_process))
+        env = _environment(run.threads_per_process)
+        return preload_of(Path(run.base_model).absolute(), env, _batch_shape_on_cpu(run))
 
     def resume_point(self, trial: TrialLayout) -> ResumePoint | None:
         """Return the state, which is one file and whole or absent."""
@@ -153,13 +157,34 @@ class NativeTrainer:
 TRAINER = NativeTrainer()
 
 
-def preload_of(base_model: Path, env: Mapping[str, str]) -> Preload:
-    """Return what trainings on a base model have in common; `env` is theirs."""
+def preload_of(base_model: Path, env: Mapping[str, str], batch_shape: BatchShape | None = None) -> Preload:
+    """Return what trainings on a base model have in common.
+
+    Args:
+        base_model: a folder or a file.
+        env: theirs.
+        batch_shape: of all their batches where they train on the CPU; None where there are several.
+    """
     # Threads would not survive the fork, so a training sets its own number. Nor may the driver be touched before it,
     # not even to count GPUs.
     env = {**env, "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-    call = ("optimizer_daemon.lora_training.resident:keep_networks", str(base_model))
+    what = json.dumps({"base_model": str(base_model), "batch_shape": batch_shape})
+    call = ("optimizer_daemon.lora_training.resident:keep_networks", what)
     return Preload(("optimizer_daemon.lora_training.train",), env, _SOURCE_ROOT, call)
+
+
+def _batch_shape_on_cpu(run: Run) -> BatchShape | None:
+    """Return the shape of all batches of a study on the CPU, unless a trial's parameters may change it."""
+    toml, device = run.settings.get("dataset-config"), run.settings.get("device")
+    if not isinstance(toml, str) or resolve_device(str(device)) != "cpu" or run.base_model is None:
+        return None
+    options = run.trainer.options
+    try:
+        factor = inspect_base_model(Path(run.base_model), setting="--base-model").vae_factor
+        size, command = int(options.get("train_batch_size", 1)), of_options(options)
+        return batch_shape(load_dataset_config(Path(toml), batch_size=size, multiple_of=factor, command=command))
+    except (UserError, TypeError, ValueError):
+        return None  # the check of the inputs says what is wrong
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from types import SimpleNamespace
@@ -12,14 +13,22 @@ import torch
 
 from optimizer_daemon.lora_training import resident
 from optimizer_daemon.lora_training.base_model import inspect_base_model
+from optimizer_daemon.lora_training.dataset_config import BatchShape
 from optimizer_daemon.lora_training.learner import Learner
 from optimizer_daemon.lora_training.metadata import model_hashes
 from optimizer_daemon.lora_training.models import Hardware
+from optimizer_daemon.lora_training.packed import is_packed
 from tests.optimizer_daemon.lora_training.tiny_model import save_tiny_model
 from tests.optimizer_daemon.lora_training.workshop import Workshop
 from tests.shared.single_files import save_single_file, tiny_sd15
 
 CPU = Hardware(torch.device("cpu"), torch.float32)
+SHAPE = BatchShape(2, 64, 64)  # of the workshop's data set
+
+
+def keep(base, batch_shape=None):
+    """Keep the networks of a base model's folder or file, for batches of one shape."""
+    resident.keep_networks(json.dumps({"base_model": str(base), "batch_shape": batch_shape}))
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +45,7 @@ def test_kept_networks_train_to_the_same_weights(tmp_path, base_model, latent_ca
     for workshop in (alone, kept):
         workshop.root.mkdir()
     alone.train(text_encoder_lr=1e-3)
-    resident.keep_networks(str(kept.base))
+    keep(kept.base, SHAPE)
     kept.train(text_encoder_lr=1e-3)
     unet = resident._kept[0].unet
     assert any(module._forward_hooks for module in unet.modules()), "they were trained on, not beside others"
@@ -45,9 +54,22 @@ def test_kept_networks_train_to_the_same_weights(tmp_path, base_model, latent_ca
     assert all(torch.equal(expected[name], weights[name]) for name in expected)
 
 
+def test_networks_packed_for_other_batches_are_not_used(tmp_path, capsys):
+    base = inspect_base_model(save_tiny_model(tmp_path / "base"))
+    keep(base.folder, SHAPE)
+    unet, _ = resident.frozen_networks(base, CPU, SHAPE)
+    assert unet is resident._kept[0].unet
+    assert is_packed(unet)
+    for other in (None, BatchShape(1, 64, 64)):
+        loaded, _ = resident.frozen_networks(base, CPU, other)
+        assert loaded is not unet
+        assert is_packed(loaded) == (other is not None)
+    assert "not kept by the preloaded process, its files or the size of the pictures" in capsys.readouterr().out
+
+
 def test_networks_whose_files_have_changed_are_loaded(tmp_path):
     base = inspect_base_model(save_tiny_model(tmp_path / "base"))
-    resident.keep_networks(str(base.folder))
+    keep(base.folder)
     unet, _ = resident.frozen_networks(base, CPU)
     assert unet is resident._kept[0].unet
     (file,) = (base.folder / "unet").glob("*.safetensors")
@@ -59,7 +81,7 @@ def test_networks_whose_files_have_changed_are_loaded(tmp_path):
 def test_networks_of_a_single_file_are_kept_until_it_or_its_configuration_changes(tmp_path):
     pipeline = tiny_sd15(tmp_path)
     base = inspect_base_model(save_single_file(pipeline, tmp_path / "model.safetensors"))
-    resident.keep_networks(str(base.folder))
+    keep(base.folder)
     unet, _ = resident.frozen_networks(base, CPU)
     assert unet is resident._kept[0].unet
     pipeline.save_pretrained(tmp_path / "model.config")
@@ -90,7 +112,8 @@ def test_one_thread_convolves_small_pictures_as_is_quickest_and_leaves_onednn_as
     tmp_path, base_model, latent_cache, monkeypatch, threads, size, used, channels_last
 ):
     workshop = Workshop(tmp_path, base_model, latent_cache)
-    workshop.dataset(dataset=f"resolution = {size}\nbatch_size = 2")
+    buckets = f"enable_bucket = true\nmin_bucket_reso = {size}\nbucket_reso_steps = 8"  # so nothing is packed
+    workshop.dataset(dataset=f"resolution = {size}\nbatch_size = 2\n{buckets}")
     seen = []
     update = Learner.update
 
@@ -123,7 +146,7 @@ def test_nothing_is_kept_where_memory_is_short_and_the_training_says_which_it_wa
     size = resident._float32_bytes(base)
     available = 2 * size + (1 if fits else -2)
     monkeypatch.setattr(resident.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
-    resident.keep_networks(str(base.folder))
+    keep(base.folder)
     assert len(resident._kept) == fits
     unet, encoders = resident.frozen_networks(base, CPU)
     assert not any(parameter.requires_grad for module in (unet, *encoders) for parameter in module.parameters())

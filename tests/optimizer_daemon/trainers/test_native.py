@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 import tomllib
@@ -156,6 +157,26 @@ def test_unknown_trainers_are_refused_with_the_known_ones():
         TRAINERS.load("kohia")
 
 
+@pytest.mark.parametrize(
+    ("device", "dataset", "shape"),
+    [
+        ("cpu", "resolution = [96, 64]\nbatch_size = 3", [3, 64, 96]),
+        ("cpu", "resolution = 64", [2, 64, 64]),  # batches as [trainer.native] train_batch_size says
+        ("cpu", "resolution = 64\nenable_bucket = true\nmin_bucket_reso = 64", None),  # they differ in size
+        ("cuda", "resolution = 64", None),
+    ],
+)
+def test_weights_are_packed_before_the_fork_for_batches_that_are_all_alike(
+    run: Run, tmp_path: Path, monkeypatch, device, dataset, shape
+):
+    (tmp_path / "dataset.toml").write_text(f"[[datasets]]\n{dataset}\n[[datasets.subsets]]\nimage_dir = 'pictures'\n")
+    settings = {"dataset-config": str(tmp_path / "dataset.toml"), "device": device}
+    trainer = run.trainer.model_copy(update={"python": None, "options": {"train_batch_size": 2}})
+    base = Path("examples/tiny_world/base_model").absolute()
+    study = run.model_copy(update={"settings": settings, "trainer": trainer, "base_model": str(base)})
+    assert json.loads(NATIVE.preload(study).call[1])["batch_shape"] == shape
+
+
 def test_trainings_in_our_python_are_forked_from_one_that_has_loaded_the_model(run: Run):
     ours, other = (
         run.model_copy(update={"trainer": run.trainer.model_copy(update={"python": python})})
@@ -163,7 +184,8 @@ def test_trainings_in_our_python_are_forked_from_one_that_has_loaded_the_model(r
     )
     preload = NATIVE.preload(ours)
     assert preload.modules == ("optimizer_daemon.lora_training.train",)
-    assert preload.call[1] == str(Path(run.base_model).absolute())
+    asked = json.loads(preload.call[1])
+    assert asked == {"base_model": str(Path(run.base_model).absolute()), "batch_shape": None}
     assert (preload.env["OMP_NUM_THREADS"], preload.cwd) == ("1", plan_of(ours).cwd)
     assert NATIVE.preload(other) is None
 
