@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import optuna
+from optuna.storages import RDBStorage
 from PIL import Image
 
 from shared.errors import CheckpointError, UnreadableFileError
@@ -114,7 +115,9 @@ def _storage(study: StudyLayout) -> Iterator[str]:
         if verdict != "ok":
             yield f"the database is damaged: {verdict}"
             return
-    trials = optuna.load_study(study_name=run.study_name, storage=run.storage).get_trials(deepcopy=False)
+    storage = RDBStorage(run.storage)
+    trials = optuna.load_study(study_name=run.study_name, storage=storage).get_trials(deepcopy=False)
+    storage.engine.dispose()  # a server's connection left open is a warning
     if len(trials) != len(study.list_trials()):
         yield f"the database has {len(trials)} trials, the folder {len(study.list_trials())}"
     for known, trial in zip(trials, study.list_trials(), strict=False):
