@@ -2,8 +2,8 @@
 
 The best of many scores owes some of its lead to luck; the score of a second training does not, for nobody chose it. So
 once everything else is scored the last `--finalists` trials repeat the best configurations, and the winner is named
-from them. A finalist counts as one as long as no search comes after it: with a larger `--n-trials` the earlier
-finalists are trials like all others, and new ones are made at the new end.
+from them. A finalist counts as one as long as no search comes after it: with a larger `--n-trials` at least one more
+trial is searched, the earlier finalists are then trials like all others, and new ones are made at the new end.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def due(ended: Iterable[Ended], stage: str | None, left: int, count: int, runnin
         ended: every trial that the study was told about.
         stage: whose trials count.
         left: how many trials the stage still lacks.
-        count: how many of its last ones are finalists.
+        count: how many of its last ones are finalists, at most.
         running: trials that running finalists repeat, counted from 0.
     """
     ended = list(ended)
@@ -84,7 +84,8 @@ def due(ended: Iterable[Ended], stage: str | None, left: int, count: int, runnin
         elif trial.value is not None and trial.reason is None:
             scores.setdefault(known[trial.draw.number], {})[trial.draw.number] = trial.value
     candidates = {name: mean(values.values()) for name, values in scores.items() if name not in taken}
-    if not 1 <= left <= min(count, len(candidates)):
+    # Where all of them are made already, a larger target means more search, not the next best as further finalists.
+    if not 1 <= left <= min(count - len(taken), len(candidates)):
         return None
     best = min(candidates, key=lambda name: (failures[name], candidates[name]))
     first = min(scores[best])
