@@ -92,6 +92,7 @@ class TrialOverview:
         value: the final score told to the study.
         feasible: whether the trial may win; None until that is decided.
         parameters: every hyperparameter.
+        stage: the stage it was drawn in; None where there is none.
         origin: where they come from.
         finalist_of: the trial it repeats; None where it is no finalist.
         training: how far a living training is.
@@ -115,6 +116,7 @@ class TrialOverview:
     value: float | None
     feasible: bool | None
     parameters: Mapping[str, Scalar]
+    stage: str | None
     origin: Origin
     finalist_of: int | None
     training: Training | None
@@ -356,7 +358,7 @@ def winner(trials: Sequence[TrialOverview], objective: Objective) -> TrialOvervi
     Of equals it is the one with the lowest number.
     """
     best: TrialOverview | None = None
-    contenders = contending(Contender(t.number or 0, t.origin, _may_win(t)) for t in trials)
+    contenders = contending(Contender(t.number or 0, t.origin, _may_win(t), t.stage) for t in trials)
     for trial in sorted(trials, key=lambda t: (t.number is None, t.number or 0, t.name)):
         if not _may_win(trial) or trial.value is None or (trial.number or 0) not in contenders:
             continue

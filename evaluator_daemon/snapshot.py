@@ -284,6 +284,7 @@ class _TrialReader:
             value=state.value if state is not None else None,
             feasible=state.feasible if state is not None else None,
             parameters=params.parameters if params is not None else {},
+            stage=params.stage if params is not None else None,
             origin=params.origin if params is not None else "sampler",
             finalist_of=params.finalist_of if params is not None else None,
             training=training,

@@ -33,6 +33,7 @@ _LINE = re.compile(
 _QUARANTINE = b'"quarantine": {'
 _END = b"\n    }"
 _INFEASIBLE = b'\n      "feasible": false,\n'
+_STAGE = re.compile(rb'\n      "stage": (.*),\n')
 _OTHER_ORIGINS = (b'\n      "origin": "enqueued",\n', b'\n      "origin": "finalist",\n')
 
 
@@ -61,6 +62,7 @@ class _Line(NamedTuple):
     value: float | None
     infeasible: bool
     origin_is_sampler: bool
+    stage: bytes | None
     start: int
     end: int
 
@@ -130,7 +132,9 @@ def _lines(content: bytes) -> Iterator[_Line]:
         value = None if match[3] == b"null" else float(match[3])
         infeasible = content.find(_INFEASIBLE, begin - 1, end) >= 0
         asked = any(content.find(origin, begin, end) >= 0 for origin in _OTHER_ORIGINS)
-        yield _Line(int(match[1]), match[2].decode(), value, infeasible, not asked, match.start(), end)
+        stage = _STAGE.search(content, begin, end)
+        name = None if stage is None else stage[1]
+        yield _Line(int(match[1]), match[2].decode(), value, infeasible, not asked, name, match.start(), end)
 
 
 def _is_older(folder: str, written_ns: int) -> bool:
@@ -159,8 +163,10 @@ def _needed(lines: list[_Line], top: int) -> list[_Line]:
     scored = [line for line in lines if line.state == "complete" and line.value is not None]
     best = heapq.nsmallest(top, scored, key=lambda line: (line.infeasible, line.value, line.number))
     asked = [line for line in lines if not line.origin_is_sampler]
-    last = max((line for line in lines if line.origin_is_sampler), key=lambda line: line.number, default=None)
-    return list({line.number: line for line in (*best, *asked, *([] if last is None else [last]))}.values())
+    by_number = sorted(lines, key=lambda line: line.number)
+    begins = {line.stage: line for line in reversed(by_number)}
+    searched = {line.stage: line for line in by_number if line.origin_is_sampler}
+    return list({line.number: line for line in (*best, *asked, *begins.values(), *searched.values())}.values())
 
 
 def _whole(content: bytes, line: _Line) -> TrialResult:

@@ -125,7 +125,7 @@ def contenders(trials: Iterable[TrialResult]) -> tuple[TrialResult, ...]:
     """Return the trials that the winner is named from: the finalists, where they have scores."""
     known = tuple(trials)
     numbers = contending(
-        Contender(trial.trial, trial.origin, trial.state == "complete" and trial.feasible is not False)
+        Contender(trial.trial, trial.origin, trial.state == "complete" and trial.feasible is not False, trial.stage)
         for trial in known
     )
     return tuple(trial for trial in known if trial.trial in numbers)

@@ -90,6 +90,7 @@ def trial_result(params: TrialParams, state: TrialState) -> TrialResult:
         parameters=params.parameters,
         derived=params.derived,
         curve=state.curve,
+        stage=params.stage,
         origin=params.origin,
         finalist_of=params.finalist_of,
         started=state.started,

@@ -284,6 +284,7 @@ class TrialResult(Record):
     parameters: dict[str, Scalar] = Field(description="Every hyperparameter, the derived ones too.")
     derived: tuple[Name, ...] = Field(default=(), description="Which parameters were computed rather than drawn.")
     curve: tuple[CurvePoint, ...] = Field(default=(), description="Objective of the scored checkpoints, by epoch.")
+    stage: str | None = Field(default=None, description="Stage of a staged search the trial was drawn in.")
     origin: Literal["sampler", "enqueued", "finalist"] = Field(
         default="sampler", description="Where its values come from."
     )

@@ -84,8 +84,11 @@ def test_a_fresh_seed_is_no_other_finalists_and_never_the_studys():
     assert fresh_seed(taken, 3) != taken
 
 
-def trial(number: int, origin: Origin = "sampler", *, may_win: bool = True) -> Contender:
-    return Contender(number, origin, may_win)
+def trial(number: int, origin: Origin = "sampler", stage: str | None = None, *, may_win: bool = True) -> Contender:
+    return Contender(number, origin, may_win, stage)
+
+
+STAGED = [trial(1, stage="8"), trial(2, "finalist", "8"), trial(3, stage="15"), trial(4, "finalist", "15")]
 
 
 @pytest.mark.parametrize(
@@ -97,6 +100,15 @@ def trial(number: int, origin: Origin = "sampler", *, may_win: bool = True) -> C
         pytest.param([trial(1), trial(2, "finalist"), trial(3)], {1, 2, 3}, id="nor one that a search came after"),
         pytest.param([trial(1), trial(2, "finalist"), trial(3, "enqueued")], {2, 3},
                      id="what people ask for afterwards contends with them"),
+        pytest.param(STAGED, {4}, id="a later stage's search came after an earlier one's finalists"),
+        pytest.param(STAGED[:3], {1, 2, 3}, id="also before it has finalists"),
+        pytest.param([*STAGED, trial(5, stage="8")], {4}, id="an earlier stage raised later takes no finalist away"),
+        pytest.param([*STAGED, trial(5, stage="8"), trial(6, "finalist", "8")], {4, 6},
+                     id="the raised stage's own finalists contend with them"),
+        pytest.param([*STAGED, trial(5, stage="20")], {1, 2, 3, 4, 5}, id="a new stage is more search"),
+        pytest.param([*STAGED, trial(5, stage="8"), trial(6, stage="15")], {1, 2, 3, 4, 5, 6},
+                     id="as is the finalists' own stage raised"),
+        pytest.param([*reversed(STAGED), trial(5, stage="8")], {4}, id="in whatever order they come"),
     ],
 )  # fmt: skip
 def test_the_winner_is_named_from_the_finalists(trials, expected):
