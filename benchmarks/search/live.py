@@ -9,7 +9,8 @@ trained (by the trainings' own logs), wall and CPU time, and the best measured s
 in the tie set of the best without pruner?
 
 A finished study is kept in the work folder and not run again; one that was interrupted goes on.
-Writes live.json beside this file, unless --out names another, and prints the table.
+Writes live.json beside this file, unless --out names another, and prints the table. Seeds that the file holds already
+are kept. A study or a file made with other options is refused.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,6 +35,7 @@ from optimizer_daemon.search.curves import Curve
 from optimizer_daemon.search.pruning import Pruner
 from optimizer_daemon.trainers.native import TRAINER
 from shared.durations import duration
+from shared.errors import UserError
 from shared.files import read_model
 from shared.layout import StudyLayout, TrialLayout
 from shared.schemas import EvaluationPlan, Metrics, Run, TrialParams, TrialState
@@ -42,6 +45,10 @@ HERE = Path(__file__).resolve().parent
 MARK = "LORA_TUNER_LIVE"
 ARMS = ("median", "none")  # the pruned one first: its saving is seen the sooner
 SAMPLE_EVERY_S = 1.0
+OPTIONS = ("trials", "pictures", "samples", "render_steps", "sampler")
+"""What must be the same of all studies that are shown side by side."""
+KEPT = ("n_trials", "pictures", "num_samples", "render_steps", "sampler", "seed", "pruner")
+"""The same of one study, as its study file has it."""
 
 STUDY = """
 [optimizer]
@@ -89,6 +96,8 @@ class Arm:
         seed: of the study.
         pruner: as `--pruner`.
         options: of the command line.
+    Raises:
+        UserError: the folder holds a study of other options.
     """
 
     def __init__(self, folder: Path, seed: int, pruner: str, options: argparse.Namespace) -> None:
@@ -96,7 +105,23 @@ class Arm:
         self.pruner = pruner
         self.study = StudyLayout(folder / "study")
         self._usage = folder / "usage.json"
-        if not (folder / "study.toml").exists():
+        text = STUDY.format(
+            base_model=BASE_MODEL,
+            clip_model=CLIP_MODEL,
+            space=HERE / "live_space.toml",
+            samples=options.samples,
+            render_steps=options.render_steps,
+            trials=options.trials,
+            sampler=options.sampler,
+            seed=seed,
+            pruner=pruner,
+        )
+        study_file = folder / "study.toml"
+        if study_file.exists():
+            kept, wanted = tomllib.loads(study_file.read_text())["optimizer"], tomllib.loads(text)["optimizer"]
+            kept["pictures"], wanted["pictures"] = len(list((folder / "pictures").glob("*.png"))), options.pictures
+            same_options(kept, wanted, KEPT, folder, "--work")
+        else:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "pictures").mkdir(exist_ok=True)
             pictures = sorted((DATASET / "pixar_style").glob("*.png"))
@@ -105,19 +130,7 @@ class Arm:
                 for file in (picture, picture.with_suffix(".txt")):
                     shutil.copy(file, folder / "pictures")
             (folder / "dataset.toml").write_text(DATASET_TOML)
-            (folder / "study.toml").write_text(
-                STUDY.format(
-                    base_model=BASE_MODEL,
-                    clip_model=CLIP_MODEL,
-                    space=HERE / "live_space.toml",
-                    samples=options.samples,
-                    render_steps=options.render_steps,
-                    trials=options.trials,
-                    sampler=options.sampler,
-                    seed=seed,
-                    pruner=pruner,
-                )
-            )
+            study_file.write_text(text)
 
     @property
     def finished(self) -> bool:
@@ -161,6 +174,46 @@ class Arm:
             with suppress(ProcessLookupError):
                 daemon.terminate()
             daemon.wait()
+
+
+def same_options(kept: dict[str, Any], wanted: dict[str, Any], names: Sequence[str], place: Path, another: str) -> None:
+    """Refuse what was made with other options.
+
+    Raises:
+        UserError: it names the first that differs.
+    """
+    for name in names:
+        if kept.get(name) != wanted[name]:
+            raise UserError(
+                f"{place}: {name} is {kept.get(name)} there and {wanted[name]} here; "
+                f"pass what it was made with, or another {another}"
+            )
+
+
+def results_in(out: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Return what a file of earlier results holds of each seed; nothing where there is none.
+
+    Raises:
+        UserError: the file is no such file, or of other options.
+    """
+    if not out.exists():
+        return {}
+    try:
+        document = json.loads(out.read_text())
+        kept, found = dict(document["options"]), dict(document["seeds"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{out}: holds no results of this command; pass another --out") from error
+    same_options(kept, vars(options), OPTIONS, out, "--out")
+    return found
+
+
+def write_results(out: Path, options: argparse.Namespace, results: dict[str, Any]) -> dict[str, Any]:
+    """Add each seed's results to the file and return all that it holds, by seed."""
+    merged = {**results_in(out, options), **results}
+    merged = {seed: merged[seed] for seed in sorted(merged, key=int)}
+    document = {"options": {name: getattr(options, name) for name in OPTIONS}, "seeds": merged}
+    out.write_text(json.dumps(document, indent=1) + "\n")
+    return merged
 
 
 class CpuTime:
@@ -347,7 +400,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "live.json")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    results = {}
+    try:
+        run(options)
+    except UserError as error:
+        parser.error(str(error))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run what is missing and write what is found."""
+    results_in(options.out, options)  # a file of other options is refused before hours of work
     for seed in options.seeds:
         arms = {
             name: Arm(options.work.absolute() / f"{options.sampler}_{seed}_{name}", seed, name, options)
@@ -358,11 +419,8 @@ def main() -> None:
                 print(f"seed {seed}, pruner {name} ...", flush=True)
                 arm.run()
         if len(arms) == len(ARMS):
-            results[str(seed)] = compared(arms["none"], arms["median"])
-            kept = ("trials", "pictures", "samples", "render_steps", "sampler")
-            document = {"options": {name: getattr(options, name) for name in kept}, "seeds": results}
-            options.out.write_text(json.dumps(document, indent=1) + "\n")
-            print(table(results), flush=True)
+            found = {str(seed): compared(arms["none"], arms["median"])}
+            print(table(write_results(options.out, options, found)), flush=True)
 
 
 if __name__ == "__main__":

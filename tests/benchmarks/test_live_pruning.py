@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+
 import pytest
 
-from benchmarks.search.live import at_once, best, trained_epochs
+from benchmarks.search.live import Arm, at_once, best, main, results_in, trained_epochs, write_results
+from shared.errors import UserError
 from shared.layout import TrialLayout
 from tests.shared.test_comparing import PLAN, of
 
@@ -47,3 +51,47 @@ def test_the_pruned_best_must_not_be_told_from_the_best_there_is():
     lost = best(plain, {"3": plain["3"]}, PLAN)
     assert not lost["in_tie_set"]
     assert lost["difference"][1] > 0
+
+
+def options(**changed: object) -> argparse.Namespace:
+    values = {"trials": 24, "pictures": 8, "samples": 6, "render_steps": 6, "sampler": "random"}
+    return argparse.Namespace(**{**values, **changed})
+
+
+OTHERS = [("trials", 20), ("pictures", 4), ("samples", 4), ("render_steps", 4), ("sampler", "tpe")]
+
+
+def test_a_seed_is_added_to_the_others_of_the_file_or_takes_its_own_place(tmp_path):
+    out = tmp_path / "live.json"
+    assert write_results(out, options(), {"10": {"saved": 0.1}}) == {"10": {"saved": 0.1}}
+    write_results(out, options(), {"2": {"saved": 0.2}})
+    write_results(out, options(), {"10": {"saved": 0.3}})
+    assert results_in(out, options()) == {"2": {"saved": 0.2}, "10": {"saved": 0.3}}
+    assert list(json.loads(out.read_text())["seeds"]) == ["2", "10"]
+
+
+@pytest.mark.parametrize(("name", "value"), OTHERS)
+def test_a_file_of_other_options_is_refused_and_left_as_it_is(tmp_path, name, value):
+    out = tmp_path / "live.json"
+    write_results(out, options(), {"1": {"saved": 0.1}})
+    before = out.read_bytes()
+    with pytest.raises(UserError, match=f"{name} is .* there and {value} here"):
+        write_results(out, options(**{name: value}), {"2": {"saved": 0.2}})
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize(("name", "value"), OTHERS)
+def test_a_study_kept_from_other_options_is_refused(tmp_path, name, value):
+    Arm(tmp_path / "arm", 1, "median", options())
+    Arm(tmp_path / "arm", 1, "median", options())
+    with pytest.raises(UserError, match=f" is .* there and {value} here; pass what it was made with"):
+        Arm(tmp_path / "arm", 1, "median", options(**{name: value}))
+
+
+def test_the_refusal_is_one_line(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "live.json"
+    out.write_text("[]")
+    monkeypatch.setattr("sys.argv", ["live", "--out", str(out)])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert capsys.readouterr().err.splitlines()[-1].endswith("holds no results of this command; pass another --out")

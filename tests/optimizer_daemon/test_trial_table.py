@@ -116,6 +116,17 @@ def test_a_look_shows_what_reading_everything_shows(study, monkeypatch):
     assert look_at(study, None).shown == everything.trials
 
 
+def test_a_look_knows_which_stage_was_searched_after_a_finalist(study):
+    write_trial(study, 16, "complete", 0.9, stage="15 epochs")
+    write_trial(study, 17, "complete", 0.95, origin="finalist", finalist_of=16, stage="15 epochs")
+    write_trial(study, 18, "complete", 0.97)
+    collected(study, TrialTable(study))
+    everything = whole_look(study)
+    shown = everything.model_copy(update={"trials": look_at(study, 1).shown})
+    assert winner(shown) == winner(everything)
+    assert winner(shown).trial == 17, "an earlier stage was raised, no more"
+
+
 @pytest.mark.parametrize("change", ["later", "damaged", "gone", "results gone", "results damaged"])
 def test_what_is_younger_than_the_results_or_not_in_them_is_read_itself(study, change):
     collected(study, TrialTable(study))
