@@ -1,6 +1,7 @@
 """LoRAs of the user's own that a study is held against: copied into its folder, scored before the first trial.
 
-    given = read_baselines(settings.baseline, base_model)   what the flags name, refused where it cannot be scored
+    entries = without_lost(settings.baseline, study, run)   the flags, but for files whose copy the study has
+    given = read_baselines(entries, base_model)             what they name, refused where it cannot be scored
     run = with_baselines(run, given)                        what run.json says from now on
     keep_copies(study, run, settings.baseline)
     baselines = Baselines(...)                              has those scored that are not, in one command
@@ -11,6 +12,7 @@ What is known of a score lies in `evaluations/baseline/`, written by the evaluat
 from __future__ import annotations
 
 import logging
+import math
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,6 +34,7 @@ from shared.safetensors_file import Checkpoint, LoraLayout, lora_modules, read_c
 from shared.schemas import Baseline, BaselineResult, EvaluationState, Metrics, Run
 
 NOT_YET = "not scored yet"
+LONG_WAIT_S = 600.0
 RESERVED = "base"
 """The name of the base model's own evaluation, wherever checkpoints have names."""
 
@@ -85,6 +88,26 @@ def read_baselines(entries: Iterable[str], base_model: Path) -> dict[str, GivenB
             raise SettingsError("--baseline", entry, f"{error.reason}; name a LoRA that is whole") from error
         found[name] = GivenBaseline(file, checkpoint)
     return found
+
+
+def without_lost(entries: Iterable[str], study: StudyLayout, run: Run) -> list[str]:
+    """Return the entries but for those whose file is gone while the study's own copy of it stands."""
+    kept = []
+    for entry in entries:
+        name, file = _split(entry)
+        if name in run.baselines and not file.exists() and _copy_stands(study, run, name):
+            log_change(_log, "baseline's file is gone, its copy stands", baseline=name, file=str(file))
+        else:
+            kept.append(entry)
+    return kept
+
+
+def _copy_stands(study: StudyLayout, run: Run, name: str) -> bool:
+    copy = study.baseline_file(name)
+    try:
+        return copy.is_file() and read_checkpoint(copy, copy.parent).sha256 == run.baselines[name].sha256
+    except CheckpointError:
+        return False
 
 
 def _split(entry: str) -> tuple[str, Path]:
@@ -208,11 +231,15 @@ def rivals(study: StudyLayout, run: Run) -> dict[str, Metrics]:
     return {name: metrics for name, metrics in found.items() if metrics is not None}
 
 
-def baseline_lines(results: Sequence[BaselineResult], objective: str, best: float | None) -> list[str]:
+def baseline_lines(
+    results: Sequence[BaselineResult], objective: str, best: float | None, *, knee: bool = False
+) -> list[str]:
     """Return a line for each baseline.
 
     Args:
-        best: the winner's objective; None while there is none.
+        objective: the score of the study's scoring.
+        best: the winner's value of it; None while there is no winner.
+        knee: whether the winner is the knee of several objectives; this score is none of them then, or one of them.
     """
     lines = []
     for result in results:
@@ -220,7 +247,9 @@ def baseline_lines(results: Sequence[BaselineResult], objective: str, best: floa
             lines.append(f"baseline {result.name}: no score ({result.reason})")
             continue
         gate = "" if result.feasible else f", failed its gate: {result.reason}"
-        held = "" if best is None else f", the winner is {_difference(best - result.value)}"
+        held = "" if best is None else f", the {'knee' if knee else 'winner'} is {_difference(best - result.value)}"
+        if held and knee:
+            held += f" in {objective}"
         lines.append(f"baseline {result.name}: {objective} {result.value:.4f}{held}{gate}")
     return lines
 
@@ -273,6 +302,7 @@ class Baselines:
         self._output: IO[bytes] | None = None
         self._failures = 0
         self._not_before = 0.0
+        self._long_after = clock() + LONG_WAIT_S
 
     @property
     def pending(self) -> bool:
@@ -287,6 +317,13 @@ class Baselines:
         """Take the next step; return whether a verdict has come."""
         if not self._waiting:
             return False
+        if self._clock() >= self._long_after:
+            self._long_after = math.inf
+            names, why = (
+                ", ".join(self._waiting),
+                f"no trial begins before; see {self._study.evaluations(BASELINE).log}",
+            )
+            log_change(_log, "baselines are long in scoring", level=logging.WARNING, names=names, reason=why)
         if self._process is None:
             return self._start_or_wait()
         if (code := self._process.poll()) is None:

@@ -202,6 +202,7 @@ class OptimizerDaemon:
     def _end(self) -> None:
         """Say what was found."""
         self._line.clear()
+        self._baselines.stop()
         self._report.finish()
         sweep_leftovers(self.layout)
         done = self._finished >= self._target and self._stages.is_last(self._stage)
@@ -305,7 +306,8 @@ class OptimizerDaemon:
 
     def _draw_trials(self) -> None:
         """Ask for a trial when another may begin and one is left to run."""
-        if self._service.stopping or self._baselines.pending or not self._slots.may_draw(self._standings()):
+        waits = self._baselines.pending and not self._time_is_up
+        if self._service.stopping or waits or not self._slots.may_draw(self._standings()):
             return
         # What somebody asked for is run even where enough trials are finished.
         left = self._finished + len(self._live) < self._target or self._study.queued > 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from random import Random
 
-from optimizer_daemon.baselines import read_baselines, with_baselines
+from optimizer_daemon.baselines import read_baselines, with_baselines, without_lost
 from optimizer_daemon.optuna_adapter.study import Draw
 from optimizer_daemon.recovery import params_of
 from optimizer_daemon.runner import now_local
@@ -52,7 +52,8 @@ def check_inputs(
             "they repeat the best by one score, and --objectives has a front of trade-offs; leave one of the two out",
         )
     assert settings.base_model is not None, "it was required above"
-    run = with_baselines(run, read_baselines(settings.baseline, settings.base_model))
+    entries = without_lost(settings.baseline, study, run)
+    run = with_baselines(run, read_baselines(entries, settings.base_model))
     if run.pictures is not None and run.pictures.held_out and not holds_out(trainer):
         raise SettingsError(
             "--trainer",

@@ -67,7 +67,9 @@ def study_status(study: StudyLayout, top: int) -> dict[str, Any]:
         "best": None if best is None else best.trial,
         "best_is": None if best is None or best.finalist_of is None else finalist_line(trials, best),
         "baselines": [result.model_dump() for result in baselines],
-        "baseline_lines": baseline_lines(baselines, objective, None if best is None else best.value),
+        "baseline_lines": baseline_lines(
+            baselines, objective, None if best is None else best.value, knee=bool(objectives)
+        ),
         "top": [_row(study, trial, every, baselines) for trial in ranked(trials)[:top]],
         "under_way": [_row(study, trial, every, baselines) for trial in trials.trials if trial.state in _UNDER_WAY],
         "quarantined": [row for trial in look.suspects for row in _quarantined(trial, damaged)],

@@ -31,7 +31,7 @@ def ended_text(study: StudyLayout, trials: AllTrials, how_far: Sequence[str]) ->
         lines += ["", f"Winner: trial {best.trial}, {trials.objective} {best.value:.4f} (lower is better)"]
         if best.finalist_of is not None:
             lines.append(finalist_line(trials, best))
-    lines += baseline_lines(trials.baselines, trials.objective, best.value)
+    lines += baseline_lines(trials.baselines, trials.objective, best.value, knee=bool(trials.objectives))
     lines += format_parameters(best.parameters)
     lines += [
         "",

@@ -20,6 +20,7 @@ from optimizer_daemon.baselines import (
     read_baselines,
     rivals,
     with_baselines,
+    without_lost,
 )
 from optimizer_daemon.results import summary_text
 from optimizer_daemon.scoring_command import EVALUATOR
@@ -118,6 +119,34 @@ def test_a_study_keeps_its_copies_whatever_becomes_of_the_files(study, files):
     assert study.baseline_file("v6").read_bytes() == copy
 
 
+def test_a_file_that_is_gone_is_done_without_where_its_copy_stands(study, files, log):
+    run = with_given(study, files, "v6")
+    (v6, v7), v8 = (f"{name}={files / name}.safetensors" for name in ("v6", "v7")), f"v8={files / 'v8'}.safetensors"
+    assert without_lost([v6, v7, v8], study, run) == [v6, v7, v8], "v8 was never there: read_baselines refuses it"
+    (files / "v6.safetensors").unlink()
+    assert without_lost([v6, v7], study, run) == [v7]
+    assert log.read_text().count("baseline's file is gone, its copy stands baseline=v6") == 1
+    study.baseline_file("v6").write_bytes(lora(1))
+    assert without_lost([v6, v7], study, run) == [v6, v7], "the copy is another one's"
+    study.baseline_file("v6").unlink()
+    assert without_lost([v6, v7], study, run) == [v6, v7]
+
+
+def test_a_long_wait_is_said_once(study, files, log):
+    now = [0.0]
+    run = with_given(study, files, "v6")
+    layout = study.evaluations("baseline")
+    layout.folder.mkdir(parents=True)
+    baselines = Baselines(study, run, ("/nonexistent",), "cpu", 1, lambda: now[0])
+    with FileLock(layout.lock):  # somebody else is at it, for ever
+        for now[0] in (1.0, 599.0):
+            baselines.poll()
+        assert "long in scoring" not in log.read_text()
+        for now[0] in (601.0, 1300.0):
+            baselines.poll()
+    assert log.read_text().count('baselines are long in scoring names=v6 reason="no trial begins before; see ') == 1
+
+
 @pytest.mark.timeout(600)
 def test_the_evaluator_scores_each_on_the_studys_grid_and_says_why_one_cannot_be(study, files, log):
     (files / "alien.safetensors").write_bytes(lora(2, {"lora_unet_nowhere_to_q": (8, 8)}))
@@ -187,6 +216,9 @@ def test_a_line_for_each_says_how_the_winner_does():
         "baseline v8: combined_score 0.2000, the winner is 0.1000 worse, failed its gate: image 0 is black",
     ]
     assert baseline_lines([SCORED], "combined_score", None) == ["baseline v6: combined_score 0.4000"]
+    assert baseline_lines([SCORED], "combined_score", 0.3, knee=True) == [
+        "baseline v6: combined_score 0.4000, the knee is 0.1000 better in combined_score"
+    ]
     assert against([SCORED, OPEN], 0.5) == {"v6": pytest.approx(0.1)}
 
 

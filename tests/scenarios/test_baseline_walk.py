@@ -8,6 +8,7 @@ import pytest
 
 from optimizer_daemon.status import status_text, study_status
 from shared.files import read_model
+from shared.locks import FileLock
 from shared.schemas import AllTrials, Run
 from tests.optimizer_daemon.scripted_trainer import lora
 from tests.scenarios.invariants import violations
@@ -53,9 +54,25 @@ def test_it_is_scored_first_and_shown_beside_every_trial_whatever_is_killed(lab)
     assert 'baseline without a score baseline=v7 reason="no such layers; see ' in lab.log()
     assert "baseline v7: no score (no such layers)" in daemon.said
     assert set(read_model(lab.study.run, Run).baselines) == {"v6", "v7"}
+
+    (lab.folder / "v6.safetensors").unlink()
+    daemon = lab.optimizer("--n-trials", 3, *FLAGS)
+    assert daemon.wait(PATIENCE_S) == 0, daemon.said
+    assert "baseline's file is gone, its copy stands baseline=v6" in lab.log()
+
     before = lab.study.run.read_bytes()
     (lab.folder / "v6.safetensors").write_bytes(lora(6, 0.5))
     daemon = lab.optimizer("--n-trials", 4, *FLAGS)
     assert daemon.wait(PATIENCE_S) == 2, daemon.said
     assert "but the study was held against" in daemon.said
     assert lab.study.run.read_bytes() == before
+
+
+def test_a_run_whose_baseline_is_never_scored_ends_at_its_timeout(lab):
+    layout = lab.study.evaluations("baseline")
+    layout.folder.mkdir(parents=True)
+    with FileLock(layout.lock):  # somebody else is at it, for ever
+        daemon = lab.optimizer("--n-trials", 2, "--timeout", 2, *FLAGS)
+        assert daemon.wait(PATIENCE_S) == 0, daemon.said
+    assert "trial started" not in lab.log()
+    assert "baseline v6: no score (not scored yet)" in daemon.said
