@@ -70,6 +70,8 @@ def ratio_interval(others: Sequence[float], ours: Sequence[float]) -> tuple[floa
 
 
 def _ratio(others: Sequence[float], ours: Sequence[float]) -> str:
+    if len(ours) == 1:
+        return f"{others[0] / ours[0]:.2f}x (once)"
     return "{:.2f}x ({:.2f} to {:.2f})".format(*ratio_interval(others, ours))
 
 
