@@ -79,11 +79,11 @@ def test_a_finalist_repeats_a_complete_trial_whole_and_with_a_seed_of_its_own(qu
     assert queue.add(Enqueue.model_validate({**asked, "parameters": {"dim": first.values["dim"]}}), "checked") == 4
     draw = queue.study.ask()
     assert (draw.values, draw.finalist_of) == (first.values, 0)
-    params = params_of(draw, queue.space, 1)
+    params = params_of(draw, queue.study.stage.declared, 1)
     assert (params.origin, params.finalist_of, params.training_seed) == ("finalist", 1, fresh_seed(1, 2))
     given = queue.add(Enqueue.model_validate({**asked, "training_seed": 5}), "seeded")
     queue.study.ask()
-    assert params_of(queue.study.ask(), queue.space, 1).training_seed == given == 5
+    assert params_of(queue.study.ask(), queue.study.stage.declared, 1).training_seed == given == 5
 
 
 @pytest.mark.parametrize(

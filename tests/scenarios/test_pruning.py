@@ -76,7 +76,7 @@ def test_a_losing_training_is_stopped_while_it_trains_and_counts_as_finished(lab
     daemon = start(lab)
     assert daemon.wait(PATIENCE_S) == 0, daemon.said
     ended_as_pruned(lab)
-    assert f"{BAD} of {BAD} trials are finished" in daemon.said
+    assert f"{BAD} of {BAD} trials of stage '8 epochs' are finished." in daemon.said
     assert f"trial pruned trial={BAD}" in lab.log().replace('"', "")
     status = lab.ask("status", "--json")
     assert json.loads(status.stdout)["finished"] == BAD
