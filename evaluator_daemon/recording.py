@@ -187,17 +187,7 @@ class Memory:
         for path in sorted(self.evaluations.folder.glob("*/metrics.json")):
             metrics = read_or_none(path, Metrics)
             if metrics is not None and metrics.checkpoint == path.parent.name:
-                records.append(
-                    CheckpointRecord(
-                        checkpoint=metrics.checkpoint,
-                        checkpoint_sha256=metrics.checkpoint_sha256,
-                        plan_hash=metrics.plan_hash,
-                        epoch=metrics.epoch,
-                        size=0,
-                        modified_ns=0,
-                        status="recorded",
-                    )
-                )
+                records.append(CheckpointRecord.of_result(metrics))
         return records
 
 

@@ -146,18 +146,7 @@ class _Gatherer:
         state = self._read(evaluations.state, EvaluationState)
         if state is not None:
             return [record for record in state.checkpoints if self._is_of_plan(record.plan_hash)]
-        return [
-            CheckpointRecord(
-                checkpoint=metrics.checkpoint,
-                checkpoint_sha256=metrics.checkpoint_sha256,
-                plan_hash=metrics.plan_hash,
-                epoch=metrics.epoch,
-                size=0,
-                modified_ns=0,
-                status="recorded",
-            )
-            for metrics in self._measured_in(evaluations)
-        ]
+        return [CheckpointRecord.of_result(metrics) for metrics in self._measured_in(evaluations)]
 
     def _checkpoints(
         self, layout: TrialLayout, state: TrialState, records: list[CheckpointRecord]

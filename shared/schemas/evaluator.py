@@ -245,6 +245,19 @@ class CheckpointRecord(Record):
     quarantine: Quarantine | None = Field(default=None, description="Why it is quarantined or truncated.")
     same_as: str | None = Field(default=None, description="Checkpoint of equal content whose evaluation stands for it.")
 
+    @classmethod
+    def of_result(cls, metrics: Metrics) -> Self:
+        """Return the record of a checkpoint from its result alone; its file counts as never looked at."""
+        return cls(
+            checkpoint=metrics.checkpoint,
+            checkpoint_sha256=metrics.checkpoint_sha256,
+            plan_hash=metrics.plan_hash,
+            epoch=metrics.epoch,
+            size=0,
+            modified_ns=0,
+            status="recorded",
+        )
+
     @property
     def strikes(self) -> int:
         """How many attempts ended by themselves without a result."""
