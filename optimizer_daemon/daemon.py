@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from optimizer_daemon.baselines import Baselines, against, keep_copies, rivals
@@ -43,7 +44,7 @@ from optimizer_daemon.search.pruning import Pruner
 from optimizer_daemon.search.space import format_parameters
 from optimizer_daemon.settings import OptimizerSettings
 from optimizer_daemon.slots import Slots, Standing
-from optimizer_daemon.stages import announce, load_stages
+from optimizer_daemon.stages import Finished, announce, load_stages
 from optimizer_daemon.start_checks import check_inputs
 from optimizer_daemon.study_file import begun, rewritten
 from optimizer_daemon.summary import ended_text, progress_fields, progress_parts, seconds, seconds_left, stopped_text
@@ -100,7 +101,7 @@ class OptimizerDaemon:
         self._line = LiveLine()
         self._live: list[LiveTrial] = []
         self._table = TrialTable(self.layout)
-        self._finished_by_stage: Mapping[str | None, int] = {}
+        self._finished_by_stage: Finished = Counter()
         self._failures = FailureStreak()
         self._ticking = False
         self._begin = clock()
@@ -144,9 +145,11 @@ class OptimizerDaemon:
         rule, no_rule_because = rule_of_study(settings, self.layout, space)
         space = with_rule(space, rule)
         self._stages = load_stages(space, settings.stages, settings.max_epochs)
-        self._stage = self._stages.current(self.layout)
+        self._table.refresh()
+        self._finished_by_stage = self._table.finished_by_stage
+        self._stage = self._stages.current(self._finished_by_stage)
         checked = check_inputs(settings, self.layout, self._stages, self._trainer)
-        stage = self._stages.described(self._stage, self.layout, settings.n_trials)
+        stage = self._stages.described(self._stage, self._finished_by_stage, settings.n_trials)
         self._run: Run = checked.model_copy(update={"stage": stage, "warm_up_rule": rule})
         assert self._run.plan is not None and self._run.plan_hash is not None, "the evaluator scores this workload"
         self._objectives = objectives_of_run(self._run)
@@ -209,13 +212,13 @@ class OptimizerDaemon:
         status: RunStatus = "finished" if done else "stopped"
         self._run = rewritten(self._run, self.layout, status, now_local())
         log_change(_log, "study ended", status=status, finished=self._finished, target=self._target)
-        how_far = self._stages.how_far(self.layout, self._desk.settings.n_trials)
+        how_far = self._stages.how_far(self._finished_by_stage, self._desk.settings.n_trials)
         self._line.say(ended_text(self.layout, self._trials, how_far))
 
     def _store_settings(self, settings: OptimizerSettings) -> None:
         """Show changed settings to whoever reads run.json."""
         changed = {"n-trials": settings.n_trials, "timeout": settings.timeout}
-        stage = self._stages.described(self._stage, self.layout, settings.n_trials)
+        stage = self._stages.described(self._stage, self._finished_by_stage, settings.n_trials)
         self._store({"settings": {**self._run.settings, **changed}, "stage": stage})
 
     def _store(self, changed: dict[str, Any]) -> None:
@@ -330,11 +333,12 @@ class OptimizerDaemon:
 
     def _enter_next_stage(self) -> bool:
         """Draw from the next stage from now on; return whether there is one with trials left to run."""
-        stage = self._stages.current(self.layout)
+        stage = self._stages.current(self._finished_by_stage)
         if stage is self._stage:
             return False
         self._stage = self._study.stage = stage
-        self._store({"stage": self._stages.described(stage, self.layout, self._desk.settings.n_trials)})
+        described = self._stages.described(stage, self._finished_by_stage, self._desk.settings.n_trials)
+        self._store({"stage": described})
         self._trials = self._collect()
         counts = {"finished": self._finished, "target": self._target, **self._stage_fields()}
         log_change(_log, "stage begins", **counts)
@@ -463,7 +467,7 @@ class OptimizerDaemon:
     @property
     def _finished(self) -> int:
         """Finished trials of this run's stage."""
-        return self._finished_by_stage.get(self._stage.name, 0)
+        return self._finished_by_stage[self._stage.name]
 
     @property
     def _time_is_up(self) -> bool:

@@ -11,6 +11,7 @@ from optimizer_daemon.optuna_adapter.study import Draw, TuningStudy
 from optimizer_daemon.search.expressions import Value
 from optimizer_daemon.search.objectives import objectives_of_run
 from optimizer_daemon.stages import stages_of_run
+from optimizer_daemon.trial_table import TrialTable
 from shared.errors import UserError
 from shared.layout import StudyLayout
 from shared.schemas import Run
@@ -34,7 +35,9 @@ class Queue:
         """Open the queue of a study that no daemon runs, in the stage that its last run came to."""
         seed = run.settings.get("seed")
         assert isinstance(seed, int), "run.json holds every setting"
-        stage = stages_of_run(run).current(layout)
+        table = TrialTable(layout)
+        table.refresh()
+        stage = stages_of_run(run).current(table.finished_by_stage)
         database = Database.of(run, layout)
         study = TuningStudy.open(
             run.study_name,

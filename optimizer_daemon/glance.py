@@ -12,6 +12,7 @@ import heapq
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,18 +43,23 @@ class Glance:
     """A look at the trials.
 
     Args:
-        finished: how many are complete or pruned.
+        finished_by_stage: how many are complete or pruned, by the stage they were drawn in.
         failed: how many have failed.
         shown: the best ones, those under way, and what the winner is named from.
         suspects: the trials that may have unfit checkpoints.
         damaged: what could not be read.
     """
 
-    finished: int
+    finished_by_stage: Counter[str | None]
     failed: int
     shown: tuple[TrialResult, ...]
     suspects: tuple[TrialLayout, ...]
     damaged: tuple[str, ...]
+
+    @property
+    def finished(self) -> int:
+        """How many are complete or pruned."""
+        return self.finished_by_stage.total()
 
 
 class _Line(NamedTuple):
@@ -62,7 +68,7 @@ class _Line(NamedTuple):
     value: float | None
     infeasible: bool
     origin_is_sampler: bool
-    stage: bytes | None
+    stage: str | None
     start: int
     end: int
 
@@ -74,7 +80,8 @@ def look_at(study: StudyLayout, top: int | None) -> Glance:
         top: how many of the best are shown; None for all trials.
     """
     content, lines, written_ns = _listed(study)
-    counts = dict.fromkeys(("complete", "pruned", "failed"), 0)
+    finished: Counter[str | None] = Counter()
+    failed = 0
     damaged: list[str] = []
     results: list[TrialResult] = []
     settled: list[_Line] = []
@@ -83,7 +90,8 @@ def look_at(study: StudyLayout, top: int | None) -> Glance:
         line = lines.get(folder)
         if line is not None and _is_older(folder, written_ns):
             settled.append(line)
-            counts[line.state] += 1
+            finished[line.stage] += line.state != "failed"
+            failed += line.state == "failed"
             if _has_quarantine(folder):
                 suspects.append(TrialLayout(Path(folder)))
             continue
@@ -92,16 +100,15 @@ def look_at(study: StudyLayout, top: int | None) -> Glance:
         params, state = read(trial.params, TrialParams, damaged), read(trial.state, TrialState, damaged)
         if params is not None and state is not None:
             results.append(trial_result(params, state))
-            if state.state in counts:
-                counts[state.state] += 1
+            finished[params.stage] += state.state in ("complete", "pruned")
+            failed += state.state == "failed"
     results += [_whole(content, line) for line in (settled if top is None else _needed(settled, top))]
     known = {result.trial for result in results}
     # A finalist is held against the trial it repeats.
     repeated = {result.finalist_of for result in results} - known
     results += [_whole(content, line) for line in settled if line.number in repeated]
     results.sort(key=lambda result: result.trial)
-    finished = counts["complete"] + counts["pruned"]
-    return Glance(finished, counts["failed"], tuple(results), tuple(suspects), tuple(damaged))
+    return Glance(finished, failed, tuple(results), tuple(suspects), tuple(damaged))
 
 
 def _folders(study: StudyLayout) -> list[str]:
@@ -133,7 +140,7 @@ def _lines(content: bytes) -> Iterator[_Line]:
         infeasible = content.find(_INFEASIBLE, begin - 1, end) >= 0
         asked = any(content.find(origin, begin, end) >= 0 for origin in _OTHER_ORIGINS)
         stage = _STAGE.search(content, begin, end)
-        name = None if stage is None else stage[1]
+        name = None if stage is None else json.loads(stage[1])
         yield _Line(int(match[1]), match[2].decode(), value, infeasible, not asked, name, match.start(), end)
 
 

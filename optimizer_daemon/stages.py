@@ -12,12 +12,13 @@ from optimizer_daemon.search.load import load_space, read_text
 from optimizer_daemon.search.space import SearchSpace
 from optimizer_daemon.search.stage import EPOCHS, Stage
 from optimizer_daemon.search.stages_file import parse_stages
-from optimizer_daemon.trial_table import TrialTable
 from optimizer_daemon.warm_up import with_rule
 from shared.errors import UserError
-from shared.layout import StudyLayout
 from shared.logs import log_change
 from shared.schemas import Run, StageOfRun
+
+Finished = Counter[str | None]
+"""How many trials are complete or pruned, by stage."""
 
 _log = logging.getLogger(__name__)
 
@@ -39,20 +40,19 @@ class Stages:
         """The study's search space."""
         return self.all[0].declared
 
-    def current(self, study: StudyLayout) -> Stage:
+    def current(self, finished: Finished) -> Stage:
         """Return the first stage with trials left to run, the last one where there is none."""
-        finished = finished_by_stage(study)
         return next((stage for stage in self.all if finished[stage.name] < (stage.trials or 1)), self.all[-1])
 
-    def described(self, stage: Stage, study: StudyLayout, n_trials: int) -> StageOfRun | None:
+    def described(self, stage: Stage, finished: Finished, n_trials: int) -> StageOfRun | None:
         """Return what run.json says of a stage; None for a run without any.
 
         Args:
+            finished: of the study.
             n_trials: the setting, which counts where the stage does not say it.
         """
         if stage.name is None:
             return None
-        finished = finished_by_stage(study)
         wanted = {known.name: max(known.trials or n_trials, finished[known.name]) for known in self.all}
         return StageOfRun(
             name=stage.name,
@@ -67,9 +67,8 @@ class Stages:
         """Return how many trials the stages after this one want."""
         return sum(later.trials or 0 for later in self.all[self._place(stage) + 1 :])
 
-    def how_far(self, study: StudyLayout, n_trials: int) -> list[str]:
+    def how_far(self, finished: Finished, n_trials: int) -> list[str]:
         """Return what is said at the end of a run: what is finished of each stage, and how to get more."""
-        finished = finished_by_stage(study)
         lines = []
         for stage in self.all:
             of_stage = "" if stage.name is None else f" of {stage.title}"
@@ -120,13 +119,6 @@ def stages_of_run(run: Run) -> Stages:
         Path(file) if isinstance(file, str) else None,
         epochs if isinstance(epochs, int) else None,
     )
-
-
-def finished_by_stage(study: StudyLayout) -> Counter[str | None]:
-    """Count the finished trials of each stage, as the trials' own files have it."""
-    table = TrialTable(study)
-    table.refresh()
-    return table.finished_by_stage
 
 
 def announce(stages: Stages) -> None:

@@ -10,7 +10,6 @@ from optimizer_daemon.glance import look_at, read
 from optimizer_daemon.results import DIRECTION, ranked, winner
 from optimizer_daemon.runner import now_local
 from optimizer_daemon.search.objectives import objectives_of_run
-from optimizer_daemon.stages import finished_by_stage
 from optimizer_daemon.summary import finalist_line
 from optimizer_daemon.trade_offs import front
 from shared.errors import UserError
@@ -63,7 +62,7 @@ def study_status(study: StudyLayout, top: int) -> dict[str, Any]:
         "finished": look.finished,
         "failed": look.failed,
         "target": settings.get("n-trials") if stage is None else stage.study_trials,
-        "stage": None if stage is None else {**stage.model_dump(), "finished": finished_by_stage(study)[stage.name]},
+        "stage": None if stage is None else {**stage.model_dump(), "finished": look.finished_by_stage[stage.name]},
         "best": None if best is None else best.trial,
         "best_is": None if best is None or best.finalist_of is None else finalist_line(trials, best),
         "baselines": [result.model_dump() for result in baselines],

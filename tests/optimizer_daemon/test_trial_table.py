@@ -121,8 +121,9 @@ def test_a_look_knows_which_stage_was_searched_after_a_finalist(study):
     write_trial(study, 17, "complete", 0.95, origin="finalist", finalist_of=16, stage="15 epochs")
     write_trial(study, 18, "complete", 0.97)
     collected(study, TrialTable(study))
-    everything = whole_look(study)
-    shown = everything.model_copy(update={"trials": look_at(study, 1).shown})
+    everything, look = whole_look(study), look_at(study, 1)
+    shown = everything.model_copy(update={"trials": look.shown})
+    assert look.finished_by_stage == {None: look.finished - 2, "15 epochs": 2}
     assert winner(shown) == winner(everything)
     assert winner(shown).trial == 17, "an earlier stage was raised, no more"
 
